@@ -1,0 +1,1 @@
+"""Checkpointing and fault tolerance for training large models on PyTorch."""

@@ -1,0 +1,1 @@
+"""The `ckpt` command: it parses, calls the library, and prints."""

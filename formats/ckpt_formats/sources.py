@@ -1,0 +1,99 @@
+"""Byte sources: something that can read a range of bytes into a buffer.
+
+A place in a location map is a range of a byte source. Knows no tensors. Local files here; object stores and memory of
+other nodes implement the same protocol.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Protocol
+
+from ckpt_formats.errors import CorruptionError
+
+
+class ByteSource(Protocol):
+    """Random access to immutable bytes. Implementations are safe to call from several threads."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in messages, e.g. its path."""
+        ...
+
+    def size(self) -> int:
+        """Its length in bytes. Raises CorruptionError if it is not there."""
+        ...
+
+    def read(self, start: int, stop: int, into: memoryview) -> None:
+        """Fill `into` (stop - start writable bytes) with the bytes start..stop.
+
+        Raises:
+            CorruptionError: it is not there, ends before `stop`, or the device can't read it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds open. Reading after that opens it again."""
+        ...
+
+
+class LocalFile:
+    """A file on a mounted file system, opened at the first read."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._fd = -1
+
+    @property
+    def name(self) -> str:
+        return self._path
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._fd < 0:
+                try:
+                    self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise self._unreadable(error) from error
+            return self._fd
+
+    def _unreadable(self, error: OSError) -> CorruptionError:
+        return CorruptionError(
+            f"{self._path}: a file of the checkpoint can't be read ({error.strerror}); "
+            "restore the file or use another checkpoint",
+            path=self._path,
+        )
+
+    def size(self) -> int:
+        try:
+            return os.fstat(self._open()).st_size
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def read(self, start: int, stop: int, into: memoryview) -> None:
+        fd = self._open()
+        at = start
+        while at < stop:
+            try:
+                count = os.preadv(fd, [into[at - start : stop - start]], at)
+            except OSError as error:
+                raise self._unreadable(error) from error
+            if count == 0:
+                raise CorruptionError(
+                    f"{self._path}: the file ends at byte {at}, but bytes up to {stop} are needed; "
+                    "it was truncated: restore it or use another checkpoint",
+                    path=self._path,
+                )
+            at += count
+
+    def close(self) -> None:
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            os.close(self._fd)

@@ -89,8 +89,8 @@ class Box(NamedTuple):
         """What both hold, or None when that is nothing. Two 0-d boxes intersect in the 0-d box."""
         offsets, sizes = [], []
         for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
-            start = a if a > b else b
-            size = (a + m if a + m < b + n else b + n) - start
+            start = max(a, b)
+            size = min(a + m, b + n) - start
             if size <= 0:
                 return None
             offsets.append(start)
@@ -287,6 +287,9 @@ _PRIME = np.uint64(2**31 - 1)
 _LANES = 4
 _random = np.random.default_rng()
 
+# Most tensors of most checkpoints have one box or a few; up to this many, comparing pairs is quicker than numpy.
+_FEW = 6
+
 
 def check_cover(shape: Sequence[int], offsets: NDArray[Any], sizes: NDArray[Any]) -> None:
     """Check that n boxes (integer arrays offsets and sizes [n, d]) cover a tensor of that shape, each element once.
@@ -316,10 +319,8 @@ def check_cover(shape: Sequence[int], offsets: NDArray[Any], sizes: NDArray[Any]
     if not (np.can_cast(offsets.dtype, np.int64) and np.can_cast(sizes.dtype, np.int64)):
         raise CoverageError(f"offsets and sizes of boxes are int64, not {offsets.dtype} and {sizes.dtype}")
 
-    if len(offsets) == 1:
-        # most tensors of most checkpoints: one box, the whole
-        if offsets[0].tolist() == [0] * ndim and tuple(sizes[0].tolist()) == whole.sizes:
-            return
+    if len(offsets) <= _FEW and _few_cover(whole, offsets.tolist(), sizes.tolist()):
+        return
     starts = offsets.astype(np.int64)
     extents = sizes.astype(np.int64)
     limits = np.asarray(whole.sizes, dtype=np.int64)
@@ -343,6 +344,19 @@ def check_cover(shape: Sequence[int], offsets: NDArray[Any], sizes: NDArray[Any]
     if not len(kept):
         raise CoverageError(f"no box covers {whole}: the tensor has no boxes with elements")
     _check_signed_corners(whole, starts[kept], starts[kept] + extents[kept], kept)
+
+
+def _few_cover(whole: Box, offsets: list[list[int]], sizes: list[list[int]]) -> bool:
+    """Whether a few boxes cover the whole, by the definition: all within it, no two meeting, of its volume together."""
+    boxes = [Box(tuple(start), tuple(size)) for start, size in zip(offsets, sizes, strict=True)]
+    if boxes == [whole]:
+        return True
+    for row, box in enumerate(boxes):
+        if min(box.sizes, default=1) < 1 or not whole.contains(box):
+            return False
+        if any(box.intersect(other) is not None for other in boxes[:row]):
+            return False
+    return sum(box.numel for box in boxes) == whole.numel  # integers of Python: exact
 
 
 class _Axis(NamedTuple):

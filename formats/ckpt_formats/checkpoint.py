@@ -1,0 +1,240 @@
+"""An open checkpoint: its tensors, lazily, and its values. Needs numpy alone; knows no processes.
+
+`ckpt.open` gives the same object with torch tensors coming out of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from types import EllipsisType, TracebackType
+from typing import Any
+
+import numpy as np
+
+from ckpt_formats import values
+from ckpt_formats.arrays import AnyArray
+from ckpt_formats.dtypes import DType
+from ckpt_formats.errors import FormatError, MissingTensorError
+from ckpt_formats.geometry import Box
+from ckpt_formats.locations import LocationMap
+from ckpt_formats.manifest import BLOB_PREFIX, Manifest, TensorMeta, rank_blob
+from ckpt_formats.native.reader import open_native
+from ckpt_formats.reading import Reader, ReadStats, Request
+
+Index = int | slice | EllipsisType
+Wrap = Callable[[AnyArray, DType], Any]
+
+
+def as_numpy(array: AnyArray, dtype: DType) -> AnyArray:
+    """Elements in their numpy dtype, or as raw elements of the same size where numpy has none."""
+    return array.view(dtype.array)
+
+
+class LazyTensor:
+    """A tensor of a checkpoint that is read when it is indexed: `t[:]` is all of it, `t[0:2, 5]` a part.
+
+    Attributes:
+        name: its name.
+        shape: its global shape, in elements.
+        dtype: its dtype; `str(dtype)` is torch's name for it.
+    """
+
+    def __init__(self, reader: Reader, name: str, meta: TensorMeta, wrap: Wrap) -> None:
+        self._reader = reader
+        self._wrap = wrap
+        self.name = name
+        self.shape = meta.shape
+        self.dtype = meta.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return Box.whole(self.shape).numel * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self.name!r}, {self.dtype}, {list(self.shape)})"
+
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> Any:
+        """Read a part by integers, slices (steps included) and `...`; only the blocks that hold it are read.
+
+        Raises:
+            IndexError: the index does not fit the shape.
+            CorruptionError: bytes that are needed do not fit their checksum.
+        """
+        box, rest = _bounding_box(self.shape, index if isinstance(index, tuple) else (index,))
+        self._reader.require(self.name)
+        array: AnyArray = np.empty(box.sizes, dtype=self.dtype.carrier)
+        self._reader.read([Request(self.name, box, array)])
+        # `rest` may turn a 0-d result into a scalar; [...] keeps it an array
+        return self._wrap(array[(*rest, ...)], self.dtype)
+
+
+class _Tensors(Mapping[str, LazyTensor]):
+    """Names, aliases included, to lazy tensors."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._metas = checkpoint.manifest.model_tensors
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        manifest = self._checkpoint.manifest
+        return LazyTensor(self._checkpoint.reader, name, manifest.meta(name), self._checkpoint.wrap)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._metas
+        yield from self._checkpoint.manifest.aliases
+
+    def __len__(self) -> int:
+        return len(self._metas) + len(self._checkpoint.manifest.aliases)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._metas or name in self._checkpoint.manifest.aliases
+
+
+class Checkpoint:
+    """A committed checkpoint, open for reading. Use it in a `with` block, or close it.
+
+    Attributes:
+        path: its folder.
+        manifest: what it says of tensors, chunks and values.
+        locations: where the chunks' bytes lie.
+        reader: reads boxes of it in bulk.
+    """
+
+    def __init__(self, path: str, manifest: Manifest, locations: LocationMap, wrap: Wrap = as_numpy) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.locations = locations
+        self.reader = Reader(manifest, locations)
+        self.wrap = wrap
+        self._values: dict[str, Any] | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The training step, if there is one."""
+        return self.manifest.step
+
+    @property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        """Name -> lazy tensor, tied names included."""
+        return _Tensors(self)
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        """The tensor of that name. Raises MissingTensorError (a KeyError) with names that look like it."""
+        return self.tensors[name]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Path -> value: everything that is not a tensor. Types that only torch knows come as `values.Opaque` without it."""
+        if self._values is None:
+            self._values = {path: self.decode(encoded, path, lenient=True) for path, encoded in self.manifest.values.items()}
+        return self._values
+
+    def per_rank(self, rank: int) -> dict[str, Any]:
+        """Path -> encoded value of what rank `rank` saved as its own; empty if it saved nothing.
+
+        Raises:
+            CorruptionError, FormatError: the bytes are damaged or not what they should be.
+        """
+        name = rank_blob(rank)
+        if name not in self.manifest.tensors:
+            return {}
+        tree = json.loads(self.blob(name))
+        if not isinstance(tree, dict):
+            raise FormatError(f"{self.path}: the values of rank {rank} are not an object", path=self.path)
+        return tree
+
+    def blob(self, name: str) -> bytes:
+        """The bytes that the format keeps under one of its own names."""
+        meta = self.manifest.tensors.get(name)
+        if meta is None or meta.dtype.itemsize != 1 or len(meta.shape) != 1:
+            raise MissingTensorError(f"{self.path} has no bytes {name!r}", path=self.path, tensor=name)
+        self.reader.require(name)
+        array: AnyArray = np.empty(meta.shape, dtype=np.uint8)
+        self.reader.read([Request(name, Box.whole(meta.shape), array)])
+        return array.tobytes()
+
+    def decode(self, encoded: Any, path: str, *, lenient: bool = False, leaf: values.DecodeLeaf | None = None) -> Any:
+        """A value of the manifest from its encoded form; large payloads are fetched from where they lie."""
+        return values.decode(encoded, path, blob=self._referred, lenient=lenient, leaf=leaf)
+
+    def _referred(self, reference: Any) -> bytes:
+        if not isinstance(reference, str) or not reference.startswith(BLOB_PREFIX):
+            raise FormatError(f"{self.path}: a value refers to {reference!r}, which is no payload", path=self.path)
+        return self.blob(reference)
+
+    def read(self, requests: list[Request], *, threads: int | None = None) -> ReadStats:
+        """Fill many arrays at once; see reading.Reader.read."""
+        return self.reader.read(requests, threads=threads)
+
+    def close(self) -> None:
+        """Close the files that are open. Reading after that opens them again."""
+        self.locations.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.path!r}, step={self.step}, {len(self.tensors)} tensors)"
+
+
+def open_checkpoint(path: str | os.PathLike[str], wrap: Wrap = as_numpy) -> Checkpoint:
+    """Open the checkpoint in folder `path`, reading only its root.
+
+    Args:
+        path: a checkpoint's folder.
+        wrap: makes what indexing returns out of raw elements; numpy arrays by default.
+
+    Raises:
+        CheckpointNotFoundError: none was committed there.
+        CorruptionError, FormatError: its root is damaged or wrong.
+    """
+    folder = os.fspath(path)
+    manifest, locations, _ = open_native(folder)
+    return Checkpoint(folder, manifest, locations, wrap)
+
+
+def _bounding_box(shape: tuple[int, ...], index: tuple[Index, ...]) -> tuple[Box, tuple[int | slice, ...]]:
+    """The box that holds everything an index selects, and the index that is left to apply within it."""
+    if sum(part is Ellipsis for part in index) > 1:
+        raise IndexError("an index can have only one '...'")
+    explicit = len(index) - (Ellipsis in index)
+    if explicit > len(shape):
+        raise IndexError(f"{explicit} indices for a tensor of {len(shape)} dimensions")
+    parts: list[int | slice] = []
+    for part in index:
+        if part is Ellipsis:
+            parts.extend([slice(None)] * (len(shape) - explicit))
+        elif isinstance(part, (int, slice)):
+            parts.append(part)
+        else:
+            raise IndexError(f"a tensor of a checkpoint is indexed by integers, slices and '...', not {part!r}")
+    parts.extend([slice(None)] * (len(shape) - len(parts)))
+    offsets, sizes, rest = [], [], []
+    for dim, (part, extent) in enumerate(zip(parts, shape, strict=True)):
+        if isinstance(part, int):
+            at = part + extent if part < 0 else part
+            if not 0 <= at < extent:
+                raise IndexError(f"index {part} is out of range for dimension {dim} of size {extent}")
+            offsets.append(at)
+            sizes.append(1)
+            rest.append(0)
+            continue
+        picked = range(extent)[part]
+        if not picked:
+            offsets.append(0)
+            sizes.append(0)
+            rest.append(slice(None))
+            continue
+        low, high = min(picked[0], picked[-1]), max(picked[0], picked[-1])
+        offsets.append(low)
+        sizes.append(high - low + 1)
+        rest.append(slice(None, None, picked.step))
+    return Box(tuple(offsets), tuple(sizes)), tuple(rest)

@@ -1,0 +1,269 @@
+"""The root of a native checkpoint, `manifest.json`: to bytes and back, every claim checked. docs/format.md, "The root".
+
+Knows nothing of where the root lies or how it is published.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+from ckpt_formats.digest import hexdigest
+from ckpt_formats.dtypes import dtype as dtype_named
+from ckpt_formats.errors import CorruptionError, FormatError, UnknownDtypeError, UnknownVersionError
+from ckpt_formats.manifest import TensorMeta
+from ckpt_formats.native import names
+from ckpt_formats.safetensors_file import ALIGNMENT, is_index, parse_json
+
+FORMAT = "ckpt"
+VERSION = 1
+_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')
+_TAIL_SIZE = 46
+_HEX_DIGEST = re.compile(r"[0-9a-f]{32}")
+MAX_NDIM = 64
+"""Torch's own limit on dimensions."""
+
+
+class DataFile(NamedTuple):
+    """A data file as the root lists it. `header` is the size in bytes of the part that `digest` covers."""
+
+    path: str
+    size: int
+    header: int
+    digest: str
+
+
+class PageFile(NamedTuple):
+    """An index page as the root lists it; `digests` has one hexadecimal digest per block of the file."""
+
+    path: str
+    size: int
+    rows: int
+    digests: list[str]
+
+
+@dataclass(slots=True)
+class Root:
+    """What manifest.json says. The fields are the members of docs/format.md."""
+
+    attempt: str
+    step: int | None
+    block_size: int
+    codecs: Sequence[str]
+    files: Sequence[DataFile]
+    pages: Sequence[PageFile]
+    tensors: Mapping[str, TensorMeta]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    layout: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def encode(root: Root) -> bytes:
+    """The bytes of manifest.json."""
+    tensors: dict[str, dict[str, object]] = {}
+    for meta in root.tensors.values():
+        item: dict[str, object] = {
+            "dtype": meta.dtype.name,
+            "shape": meta.shape,
+            "page": meta.page,
+            "row": meta.row,
+            "rows": meta.rows,
+        }
+        if meta.cut is not None:
+            item["cut"] = meta.cut
+        tensors[meta.name] = item
+    body = json.dumps(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "attempt": root.attempt,
+            "step": root.step,
+            "block_size": root.block_size,
+            "codecs": list(root.codecs),
+            "provenance": root.provenance,
+            "layout": root.layout,
+            "entries": root.entries,
+            "files": [file._asdict() for file in root.files],
+            "pages": [page._asdict() for page in root.pages],
+            "aliases": root.aliases,
+            "values": root.values,
+            "tensors": tensors,
+        },
+        separators=(",", ":"),
+        allow_nan=False,
+    ).encode("utf-8")
+    body = body[:-1]
+    return body + f',"digest":"{hexdigest(body)}"}}\n'.encode("ascii")
+
+
+def decode(data: bytes, path: str) -> Root:
+    """The root from the bytes of manifest.json; `path` is for messages.
+
+    Raises:
+        CorruptionError: the bytes do not fit the digest at their end.
+        UnknownVersionError: another version of the format.
+        FormatError: anything else that docs/format.md rules out.
+    """
+    tail = _TAIL.fullmatch(data[-_TAIL_SIZE:])
+    if tail is None or hexdigest(memoryview(data)[:-_TAIL_SIZE]).encode("ascii") != tail.group(1):
+        raise CorruptionError(
+            f"{path}: the manifest does not fit its own checksum: it is damaged or truncated; use another checkpoint",
+            path=path,
+        )
+    tree = parse_json(data, path)
+    return _Checker(path).root(tree)
+
+
+class _Checker:
+    """Checks a parsed root member by member; every complaint names the file and the member."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def fail(self, what: str) -> NoReturn:
+        raise FormatError(f"{self.path}: {what}; the checkpoint was written wrongly or tampered with", path=self.path)
+
+    def root(self, tree: Any) -> Root:
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            self.fail(f'the manifest is not one of this format ("format" is not "{FORMAT}")')
+        version = tree.get("version")
+        if version != VERSION or type(version) is not int:
+            raise UnknownVersionError(
+                f"{self.path}: the checkpoint has format version {version!r}; this release reads version {VERSION}. "
+                "Install a release of anyckpt that knows it",
+                path=self.path,
+            )
+        attempt, step, block_size = tree.get("attempt"), tree.get("step"), tree.get("block_size")
+        if not isinstance(attempt, str) or not names.is_attempt(attempt):
+            self.fail('"attempt" is not 16 hexadecimal digits')
+        if step is not None and not is_index(step):
+            self.fail('"step" is neither null nor a non-negative integer')
+        if not isinstance(block_size, int) or not is_index(block_size) or not block_size or block_size % ALIGNMENT:
+            self.fail('"block_size" is not a positive multiple of 4096')
+        codecs = self.array(tree, "codecs")
+        if not all(isinstance(codec, str) for codec in codecs) or len(codecs) > 256:
+            self.fail('"codecs" is not an array of at most 256 names')
+        files = [self.data_file(item, k) for k, item in enumerate(self.array(tree, "files"))]
+        pages = [self.page(item, k, block_size) for k, item in enumerate(self.array(tree, "pages"))]
+        paths = [file.path for file in files] + [page.path for page in pages]
+        if len(set(paths)) != len(paths):
+            self.fail("a file is listed twice")
+        layout = self.object(tree, "layout")
+        if not is_index(layout.get("world_size", 1)) or layout.get("world_size", 1) < 1:
+            self.fail('"layout.world_size" is not a positive integer')
+        cuts = layout.get("cuts", [])
+        if not isinstance(cuts, list):
+            self.fail('"layout.cuts" is not an array')
+        tensors = self.tensors(self.object(tree, "tensors"), pages, len(cuts))
+        aliases = self.object(tree, "aliases")
+        for alias, name in aliases.items():
+            if not isinstance(name, str) or name not in tensors or alias in tensors:
+                self.fail(f"the alias {alias!r} does not lead to a stored tensor, or is one itself")
+        entries = self.object(tree, "entries")
+        for name, entry in entries.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+                self.fail(f'the entry {name!r} has no "kind"')
+        return Root(
+            attempt=attempt,
+            step=step,
+            block_size=block_size,
+            codecs=codecs,
+            files=files,
+            pages=pages,
+            tensors=tensors,
+            aliases=aliases,
+            values=self.object(tree, "values"),
+            entries=entries,
+            layout=layout,
+            provenance=self.object(tree, "provenance"),
+        )
+
+    def array(self, tree: Mapping[str, Any], name: str) -> list[Any]:
+        value = tree.get(name)
+        if not isinstance(value, list):
+            self.fail(f'"{name}" is not an array')
+        return value
+
+    def object(self, tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+        value = tree.get(name)
+        if not isinstance(value, dict):
+            self.fail(f'"{name}" is not an object')
+        return value
+
+    def data_file(self, item: Any, position: int) -> DataFile:
+        what = f'"files"[{position}]'
+        if not isinstance(item, dict):
+            self.fail(f"{what} is not an object")
+        path, size, header, digest = (item.get(name) for name in DataFile._fields)
+        if not names.is_safe(path, names.DATA):
+            self.fail(f'{what} has the path {path!r}, which is not a plain name below "{names.DATA}/"')
+        if not is_index(size) or not is_index(header) or header > size or header < 8:
+            self.fail(f"{what} ({path}) has impossible sizes")
+        if not isinstance(digest, str) or _HEX_DIGEST.fullmatch(digest) is None:
+            self.fail(f"{what} ({path}) has no digest")
+        return DataFile(path, size, header, digest)
+
+    def page(self, item: Any, position: int, block_size: int) -> PageFile:
+        what = f'"pages"[{position}]'
+        if not isinstance(item, dict):
+            self.fail(f"{what} is not an object")
+        path, size, rows, digests = (item.get(name) for name in PageFile._fields)
+        if not names.is_safe(path, names.INDEX):
+            self.fail(f'{what} has the path {path!r}, which is not a plain name below "{names.INDEX}/"')
+        if not is_index(size) or not is_index(rows):
+            self.fail(f"{what} ({path}) has impossible sizes")
+        if (
+            not isinstance(digests, list)
+            or len(digests) != -(-size // block_size)
+            or not all(isinstance(digest, str) and _HEX_DIGEST.fullmatch(digest) for digest in digests)
+        ):
+            self.fail(f"{what} ({path}) does not have one digest per block")
+        return PageFile(path, size, rows, digests)
+
+    def tensors(self, tree: dict[str, Any], pages: Sequence[PageFile], cut_count: int) -> dict[str, TensorMeta]:
+        tensors: dict[str, TensorMeta] = {}
+        page_count = len(pages)
+        at_page = at_row = 0
+        previous = ""
+        for name, item in tree.items():
+            if not name or name <= previous:
+                self.fail(f"tensor {name!r}: names are not in order")
+            previous = name
+            if not isinstance(item, dict):
+                self.fail(f"tensor {name!r} is not an object")
+            shape, page, row, rows, cut = (
+                item.get("shape"),
+                item.get("page"),
+                item.get("row"),
+                item.get("rows"),
+                item.get("cut"),
+            )
+            if not isinstance(shape, list) or len(shape) > MAX_NDIM or not all(map(is_index, shape)):
+                self.fail(f"tensor {name!r} has an impossible shape")
+            if cut is not None and not (is_index(cut) and cut < cut_count):
+                self.fail(f'tensor {name!r} refers to a cut that "layout.cuts" does not have')
+            if not (is_index(page) and is_index(row) and is_index(rows)):
+                self.fail(f"tensor {name!r} has no place in the index")
+            if rows:
+                if page != at_page:
+                    if page != at_page + 1 or at_row != pages[at_page].rows:
+                        self.fail(f"tensor {name!r} has a page that does not follow the one before")
+                    at_page, at_row = page, 0
+                if row != at_row or page >= page_count or row + rows > pages[page].rows:
+                    self.fail(f"tensor {name!r} has rows that the index does not have or that another tensor has")
+                at_row += rows
+            elif page or row:
+                self.fail(f"tensor {name!r} has no chunks but a place in the index")
+            try:
+                dtype = dtype_named(item.get("dtype"))
+            except UnknownDtypeError as error:
+                raise UnknownDtypeError(f"{self.path}: tensor {name!r}: {error}", path=self.path, tensor=name) from None
+            tensors[name] = TensorMeta(name, dtype, tuple(shape), page, row, rows, cut)
+        if any(page.rows for page in pages[at_page + 1 :]) or (page_count and at_row != pages[at_page].rows):
+            self.fail("the index has rows that belong to no tensor")
+        return tensors

@@ -1,0 +1,389 @@
+"""Reading boxes of tensors into memory: only the ranges that are needed, every byte verified.
+
+The one read path, for `ckpt.open` and for loading into live state alike. Works on numpy arrays of carrier dtypes, so it
+needs no torch; knows no ranks. Given a manifest (what) and a location map (where), it
+
+1. intersects each wanted box with the chunks that cover its tensor,
+2. turns every overlap into a byte range of a chunk, widened to the blocks that its digests cover,
+3. reads the ranges, neighbours together, several at once, and verifies each block while it is in the cache,
+4. puts the elements where they belong; a whole chunk that goes to contiguous memory is read straight into it.
+
+When a place fails (unreadable, or bytes that do not fit their digest) the next place in the location map serves.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ckpt_formats.arrays import AnyArray
+from ckpt_formats.codecs import require_known
+from ckpt_formats.digest import digest
+from ckpt_formats.errors import CheckpointError, CorruptionError
+from ckpt_formats.geometry import Box, flat_boxes, flat_hull, intersect_rows
+from ckpt_formats.locations import LocationMap, Places
+from ckpt_formats.manifest import ChunkRows, Manifest, TensorMeta
+
+SPAN = 8 << 20
+"""Bytes read at once, and the size of each thread's staging buffer."""
+DIRECT = 256 << 10
+"""Whole chunks of at least so many bytes are read straight into contiguous destinations; smaller ones go through the
+staging buffer, many at a time."""
+GAP = 64 << 10
+"""Ranges that are no further apart than this are read together."""
+
+
+class Request(NamedTuple):
+    """A box of a tensor that is wanted in memory.
+
+    `into` has the box's shape and the tensor's carrier dtype, any strides, and is writable.
+    """
+
+    name: str
+    box: Box
+    into: AnyArray
+
+
+@dataclass(slots=True)
+class ReadStats:
+    """What a read cost.
+
+    `bytes_needed` are the bytes of the wanted elements, `bytes_read` what was read to get and verify them.
+    """
+
+    bytes_read: int = 0
+    bytes_needed: int = 0
+
+
+class _Piece(NamedTuple):
+    """A range of blocks of one chunk, and the part of a request that lies in it."""
+
+    source: int
+    start: int
+    stop: int
+    meta: TensorMeta
+    row: int
+    first: int
+    """Position of `start` within the chunk, in bytes; a multiple of the block size."""
+    chunk: Box
+    wanted: Box | None
+    """The wanted part of the chunk in global coordinates; None for all of it, in which case `into` has the chunk's shape."""
+    into: AnyArray
+    origin: tuple[int, ...]
+    """Global coordinates of into[0, …, 0]."""
+
+
+class Reader:
+    """Reads boxes of one checkpoint. Safe to use from several threads."""
+
+    def __init__(self, manifest: Manifest, locations: LocationMap) -> None:
+        self._manifest = manifest
+        self._locations = locations
+        self._places: dict[int, _PageTable] = {}
+
+    def read(self, requests: Iterable[Request], *, threads: int | None = None) -> ReadStats:
+        """Fill every request's array.
+
+        Args:
+            requests: what is wanted; boxes must lie within their tensors.
+            threads: how many to read with; default one per CPU, at most 4.
+
+        Raises:
+            MissingTensorError, CoverageError, CorruptionError, UnknownCodecError: as their names say. Arrays may have been
+                filled in part by then.
+        """
+        stats = ReadStats()
+        direct: list[_Piece] = []
+        staged: list[_Piece] = []
+        for request in requests:
+            self._plan(request, direct, staged)
+            stats.bytes_needed += request.into.nbytes
+        staged.sort(key=_position)
+        direct.sort(key=_position)
+        tasks = [[piece] for piece in direct] + _spans(staged)
+        stats.bytes_read = sum(max(piece.stop for piece in task) - task[0].start for task in tasks)
+        count = min(threads or min(4, os.cpu_count() or 1), len(tasks))
+        if count <= 1 or stats.bytes_read < SPAN:
+            staging = _Staging()
+            for task in tasks:
+                self._run(task, staging)
+            return stats
+        local = threading.local()
+
+        def run(task: list[_Piece]) -> None:
+            staging = getattr(local, "staging", None)
+            if staging is None:
+                staging = local.staging = _Staging()
+            self._run(task, staging)
+
+        with ThreadPoolExecutor(count, thread_name_prefix="ckpt-read") as pool:
+            futures = [pool.submit(run, task) for task in tasks]
+            done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in pending:
+                future.cancel()
+            for future in done:
+                future.result()
+        return stats
+
+    def require(self, name: str) -> TensorMeta:
+        """Check what a tensor claims, before anybody allocates for it: its chunks cover it, and their files are that large.
+
+        Raises:
+            MissingTensorError, CoverageError, CorruptionError: as their names say.
+        """
+        meta = self._manifest.meta(name)
+        self._manifest.chunks(meta)
+        if meta.rows:
+            for source in set(self._table(meta.page).source[meta.row : meta.row + meta.rows]):
+                self._locations.sources[source].size()
+        return meta
+
+    # planning
+
+    def _table(self, page: int) -> _PageTable:
+        table = self._places.get(page)
+        if table is None:
+            table = self._places[page] = _PageTable(self._manifest.page(page), self._locations.places(page))
+        return table
+
+    def _plan(self, request: Request, direct: list[_Piece], staged: list[_Piece]) -> None:
+        meta = self._manifest.meta(request.name)
+        box, into = request.box, request.into
+        if not Box.whole(meta.shape).contains(box):
+            raise ValueError(f"{request.name!r}: the box {box} leaves the tensor's shape {list(meta.shape)}")
+        offsets, sizes = self._manifest.chunks(meta)
+        if not into.size:
+            return
+        table = self._table(meta.page)
+        if meta.rows == 1:
+            # most tensors of most checkpoints; the cover was checked, so the chunk is the whole tensor
+            whole = Box.whole(meta.shape)
+            self._plan_chunk(table, meta, meta.row, whole, box, into, box.offsets, direct, staged)
+            return
+        rows, starts, extents = intersect_rows(offsets, sizes, box)
+        for row, start, extent in zip(rows.tolist(), starts.tolist(), extents.tolist(), strict=True):
+            chunk = Box(tuple(offsets[row].tolist()), tuple(sizes[row].tolist()))
+            part = Box(tuple(start), tuple(extent))
+            self._plan_chunk(table, meta, meta.row + row, chunk, part, into, box.offsets, direct, staged)
+
+    def _plan_chunk(
+        self,
+        table: _PageTable,
+        meta: TensorMeta,
+        row: int,
+        chunk: Box,
+        part: Box,
+        into: AnyArray,
+        origin: tuple[int, ...],
+        direct: list[_Piece],
+        staged: list[_Piece],
+    ) -> None:
+        source, start, length = table.source[row], table.start[row], table.length[row]
+        require_known(
+            self._locations.codecs[table.codec[row]],
+            where=f"chunk {chunk} of tensor {meta.name!r}",
+            path=self._manifest.path,
+        )
+        block_size = self._manifest.block_size
+        if part == chunk:
+            target = into if into.shape == chunk.sizes else into[part.relative_to(origin).slices()]
+            if length <= block_size and length < DIRECT:
+                staged.append(_Piece(source, start, start + length, meta, row, 0, chunk, None, target, origin))
+                return
+            if target.flags.c_contiguous:
+                flat = target.reshape(-1)
+                itemsize = meta.dtype.itemsize
+                for first in range(0, length, SPAN):
+                    last = min(first + SPAN, length)
+                    run = flat[first // itemsize : last // itemsize]
+                    direct.append(_Piece(source, start + first, start + last, meta, row, first, chunk, None, run, origin))
+                return
+        for first, last in _needed(meta, chunk, part, length, block_size):
+            staged.append(_Piece(source, start + first, start + last, meta, row, first, chunk, part, into, origin))
+
+    # running
+
+    def _run(self, task: list[_Piece], staging: _Staging) -> None:
+        first = task[0]
+        if len(task) == 1 and first.wanted is None and first.into.nbytes >= DIRECT and first.into.flags.c_contiguous:
+            self._run_direct(first)
+            return
+        start, stop = first.start, max(piece.stop for piece in task)
+        view = staging.view(stop - start)
+        try:
+            self._locations.sources[first.source].read(start, stop, view)
+        except CorruptionError:
+            # perhaps only a part of the range is gone, or another place has it: piece by piece
+            for piece in task:
+                self._alternatives(piece, staging)
+            return
+        for piece in task:
+            data = view[piece.start - start : piece.stop - start]
+            try:
+                self._verify(piece, data, piece.source)
+            except CorruptionError:
+                self._alternatives(piece, _Staging())
+                continue
+            _scatter(piece, data)
+
+    def _run_direct(self, piece: _Piece) -> None:
+        view = _bytes_of(piece.into)
+        source = self._locations.sources[piece.source]
+        block_size = self._manifest.block_size
+        try:
+            for at in range(0, piece.stop - piece.start, block_size):
+                data = view[at : at + block_size]
+                # read and verified block by block: the block is in the cache when it is hashed
+                source.read(piece.start + at, piece.start + at + len(data), data)
+                self._verify(piece, data, piece.source, at)
+        except CorruptionError:
+            self._alternatives(piece, _Staging())
+
+    def _alternatives(self, piece: _Piece, staging: _Staging) -> None:
+        """Try every place of the piece's chunk in turn; the error of the first is what the caller gets."""
+        failure: CheckpointError | None = None
+        length = piece.stop - piece.start
+        for places in self._locations.places(piece.meta.page):
+            source = int(places.source[piece.row])
+            if source < 0:
+                continue
+            start = int(places.start[piece.row]) + piece.first
+            view = staging.view(length)
+            try:
+                self._locations.sources[source].read(start, start + length, view)
+                self._verify(piece, view, source)
+            except CorruptionError as error:
+                failure = failure or error
+                continue
+            _scatter(piece, view)
+            return
+        if failure is None:
+            raise CorruptionError(
+                f"{self._manifest.path}: there is no place to read {piece.chunk} of tensor {piece.meta.name!r} from",
+                path=self._manifest.path,
+                tensor=piece.meta.name,
+            )
+        raise failure
+
+    def _verify(self, piece: _Piece, data: memoryview, source: int, skip: int = 0) -> None:
+        rows = self._manifest.page(piece.meta.page)
+        if rows.digest is None or rows.block is None or rows.block_digest is None:
+            return
+        block = int(rows.block[piece.row])
+        if block < 0:
+            if digest(data) != rows.digest[piece.row].tobytes():
+                raise self._damaged(piece, source, 0, len(data))
+            return
+        size = self._manifest.block_size
+        number = block + (piece.first + skip) // size
+        for at in range(0, len(data), size):
+            part = data[at : at + size]
+            if digest(part) != rows.block_digest[number].tobytes():
+                raise self._damaged(piece, source, piece.first + skip + at, len(part))
+            number += 1
+
+    def _damaged(self, piece: _Piece, source: int, start: int, length: int) -> CorruptionError:
+        name = self._locations.sources[source].name
+        at = piece.start - piece.first + start
+        return CorruptionError(
+            f"{name}: bytes {at} to {at + length}, in tensor {piece.meta.name!r} {piece.chunk}, do not fit their checksum: "
+            "the file is damaged; restore it or use another checkpoint (`ckpt verify` lists all damage)",
+            path=name,
+            tensor=piece.meta.name,
+        )
+
+
+class _PageTable:
+    """The first places of a page's chunks as plain lists: indexing a list costs a tenth of indexing an array."""
+
+    def __init__(self, chunks: ChunkRows, alternatives: Sequence[Places]) -> None:
+        places = alternatives[0]
+        self.source: list[int] = places.source.tolist()
+        self.start: list[int] = places.start.tolist()
+        self.length: list[int] = places.length.tolist()
+        self.codec: list[int] = places.codec.tolist()
+
+
+class _Staging:
+    """A page-aligned buffer that is made when it is first needed and kept for the next span."""
+
+    def __init__(self) -> None:
+        self._buffer: mmap.mmap | None = None
+
+    def view(self, size: int) -> memoryview:
+        if self._buffer is None or len(self._buffer) < size:
+            self._buffer = mmap.mmap(-1, max(size, 1))
+        return memoryview(self._buffer)[:size]
+
+
+def _position(piece: _Piece) -> tuple[int, int]:
+    return (piece.source, piece.start)
+
+
+def _spans(pieces: list[_Piece]) -> list[list[_Piece]]:
+    """Group sorted pieces that are close together into tasks of at most SPAN bytes."""
+    tasks: list[list[_Piece]] = []
+    source = begin = end = -1
+    for piece in pieces:
+        if piece.source == source and piece.start <= end + GAP and piece.stop - begin <= SPAN:
+            tasks[-1].append(piece)
+            end = max(end, piece.stop)
+        else:
+            tasks.append([piece])
+            source, begin, end = piece.source, piece.start, piece.stop
+    return tasks
+
+
+def _needed(meta: TensorMeta, chunk: Box, part: Box, length: int, block_size: int) -> Iterable[tuple[int, int]]:
+    """Ranges of whole blocks of a chunk, each at most SPAN bytes, that together hold its wanted part."""
+    itemsize = meta.dtype.itemsize
+    local = part.relative_to(chunk.offsets)
+    low, high = flat_hull(chunk.sizes, local)
+    first = low * itemsize // block_size * block_size
+    last = min(length, -(-high * itemsize // block_size) * block_size)
+    if last - first <= block_size:
+        return [(first, last)]
+    per_block = block_size // itemsize
+    runs: list[tuple[int, int]] = []
+    for at in range(first, last, block_size):
+        stop = min(at + block_size, last)
+        boxes = flat_boxes(chunk.sizes, at // itemsize, min(at // itemsize + per_block, stop // itemsize))
+        if not any(box.intersect(local) for box in boxes):
+            continue
+        if runs and runs[-1][1] == at and stop - runs[-1][0] <= SPAN:
+            runs[-1] = (runs[-1][0], stop)
+        else:
+            runs.append((at, stop))
+    return runs
+
+
+def _bytes_of(array: AnyArray) -> memoryview:
+    """The bytes of a contiguous array, writable."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _scatter(piece: _Piece, data: memoryview) -> None:
+    """Put the verified bytes of a piece where they belong."""
+    into = piece.into
+    elements = np.frombuffer(data, dtype=into.dtype)
+    if piece.wanted is None:
+        into[...] = elements.reshape(into.shape)
+        return
+    local = piece.wanted.relative_to(piece.chunk.offsets)
+    begin = piece.first // into.dtype.itemsize
+    shift = tuple(c - o for c, o in zip(piece.chunk.offsets, piece.origin, strict=True))
+    at = 0
+    for box in flat_boxes(piece.chunk.sizes, begin, begin + len(elements)):
+        common = box.intersect(local)
+        if common is not None:
+            run = elements[at : at + box.numel].reshape(box.sizes)
+            target = Box(tuple(o + s for o, s in zip(common.offsets, shift, strict=True)), common.sizes)
+            into[target.slices()] = run[common.relative_to(box.offsets).slices()]
+        at += box.numel

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     folder = tmp_path_factory.mktemp("clean") / "venv"
     _run([sys.executable, "-m", "venv", str(folder)])
     python = folder / "bin/python"
@@ -69,7 +70,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     (site,) = (folder / "lib").glob("python*/site-packages")
     record = next(site.glob("anyckpt-*.dist-info/RECORD")).read_text()
     added = {line.partition(",")[0].partition("/")[0] for line in record.splitlines()}
-    return Installed(python, added)
+    yield Installed(python, added)
+    shutil.rmtree(folder)  # torch in it: a gigabyte
 
 
 def test_the_wheel_holds_three_packages_and_nothing_else_at_top_level(wheel: Path) -> None:

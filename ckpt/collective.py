@@ -1,0 +1,162 @@
+"""The few collective operations that saving and loading need: bytes gathered, scattered and broadcast.
+
+Over a torch process group, or alone. Failures travel too: when a rank fails in a phase, every rank learns it at the end of
+that phase and raises, so nobody waits for somebody who has given up. Waits end with the process group's own time limit.
+Payloads are bytes of our own making; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from ckpt_formats import errors
+from ckpt_formats.errors import CheckpointError, RankError
+
+ProcessGroup = dist.ProcessGroup
+
+_OK = b"\0"
+_FAILED = b"\1"
+
+
+class Collective:
+    """Ranks that act together; rank 0 coordinates.
+
+    Attributes:
+        rank: this process's rank.
+        world_size: how many ranks there are.
+    """
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        if dist.is_available() and dist.is_initialized():
+            self._group = group
+            self.rank = dist.get_rank(group)
+            self.world_size = dist.get_world_size(group)
+            backend = str(dist.get_backend(group))
+            self._device = torch.device("cuda" if backend == "nccl" else "cpu")
+        else:
+            self._group = None
+            self.rank = 0
+            self.world_size = 1
+            self._device = torch.device("cpu")
+        self._own: BaseException | None = None
+
+    def gather(self, payload: bytes) -> list[bytes] | None:
+        """Every rank's payload in rank order, on rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return [payload]
+        sizes = self._sizes(len(payload))
+        longest = max(sizes)
+        mine = self._tensor(payload, longest)
+        if self.rank:
+            dist.gather(mine, None, group=self._group, group_dst=0)
+            return None
+        everyone = [torch.empty_like(mine) for _ in sizes]
+        dist.gather(mine, everyone, group=self._group, group_dst=0)
+        return [self._bytes(tensor, size) for tensor, size in zip(everyone, sizes, strict=True)]
+
+    def scatter(self, payloads: Sequence[bytes] | None) -> bytes:
+        """Rank k gets payloads[k] of rank 0."""
+        if self.world_size == 1:
+            assert payloads is not None
+            return payloads[0]
+        sizes = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
+        if payloads is not None:
+            sizes = torch.tensor([len(payload) for payload in payloads], dtype=torch.int64, device=self._device)
+        dist.broadcast(sizes, group=self._group, group_src=0)
+        longest = int(sizes.max())
+        mine = torch.empty(longest, dtype=torch.uint8, device=self._device)
+        parts = None if payloads is None else [self._tensor(payload, longest) for payload in payloads]
+        dist.scatter(mine, parts, group=self._group, group_src=0)
+        return self._bytes(mine, int(sizes[self.rank]))
+
+    def broadcast(self, payload: bytes | None) -> bytes:
+        """Everybody gets the payload of rank 0."""
+        if self.world_size == 1:
+            assert payload is not None
+            return payload
+        size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=self._device)
+        dist.broadcast(size, group=self._group, group_src=0)
+        count = int(size)
+        tensor = self._tensor(payload or b"", count)
+        dist.broadcast(tensor, group=self._group, group_src=0)
+        return self._bytes(tensor, count)
+
+    def exchange(
+        self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], bytes]
+    ) -> bytes:
+        """End a phase: rank 0 decides from everybody's payload, and everybody gets its answer.
+
+        Args:
+            payload: what this rank reports.
+            failure: why this rank failed in the phase, if it did.
+            decide: called on rank 0 with all payloads in rank order, unless a rank failed.
+
+        Raises, on every rank, if any rank failed or `decide` raised: the rank itself its own error, the others the same
+        kind of CheckpointError with the rank's number, or RankError.
+        """
+        answers = self._collect(payload, failure, lambda payloads: [decide(payloads)])
+        return self._opened(self.broadcast(None if answers is None else answers[0]))
+
+    def exchange_each(
+        self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], list[bytes]]
+    ) -> bytes:
+        """The same with an answer of its own for each rank."""
+        answers = self._collect(payload, failure, decide)
+        if answers is not None and len(answers) == 1:
+            answers *= self.world_size
+        return self._opened(self.scatter(answers))
+
+    def agree(self, failure: BaseException | None) -> None:
+        """End a phase without a payload: raises on every rank if any rank failed, as `exchange` does."""
+        self.exchange(b"", failure, lambda _: b"")
+
+    def _collect(
+        self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], list[bytes]]
+    ) -> list[bytes] | None:
+        self._own = failure
+        gathered = self.gather(_OK + payload if failure is None else self._failed(failure))
+        if gathered is None:
+            return None
+        failed = [message for message in gathered if message[:1] != _OK]
+        if failed:
+            return failed[:1]
+        try:
+            return [_OK + answer for answer in decide([message[1:] for message in gathered])]
+        except Exception as error:  # whatever it is, the others must not wait for an answer that never comes
+            self._own = error
+            return [self._failed(error)]
+
+    def _failed(self, error: BaseException) -> bytes:
+        kind = type(error).__name__ if isinstance(error, CheckpointError) else ""
+        text = " ".join(str(error).split())
+        return _FAILED + json.dumps([self.rank, kind, text if kind else f"{type(error).__name__}: {text}"]).encode()
+
+    def _opened(self, answer: bytes) -> bytes:
+        if answer[:1] == _OK:
+            return answer[1:]
+        if self._own is not None:
+            raise self._own
+        rank, kind, text = json.loads(answer[1:])
+        known = getattr(errors, kind, RankError) if kind in errors.__all__ else RankError
+        raise known(f"rank {rank}: {text}", rank=rank)
+
+    def _sizes(self, size: int) -> list[int]:
+        mine = torch.tensor([size], dtype=torch.int64, device=self._device)
+        everyone = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
+        dist.all_gather_into_tensor(everyone, mine, group=self._group)
+        return [int(n) for n in everyone.tolist()]
+
+    def _tensor(self, payload: bytes, length: int) -> torch.Tensor:
+        buffer = bytearray(length)
+        buffer[: len(payload)] = payload
+        if not length:
+            return torch.empty(0, dtype=torch.uint8, device=self._device)
+        return torch.frombuffer(buffer, dtype=torch.uint8).to(self._device)
+
+    @staticmethod
+    def _bytes(tensor: torch.Tensor, length: int) -> bytes:
+        return tensor[:length].cpu().numpy().tobytes()
+

@@ -1,0 +1,288 @@
+"""Saving, from live state to a committed checkpoint: describe, plan, write, prepare, commit.
+
+All ranks of a process group take part; rank 0 plans and commits. Every phase ends with an exchange in which failures
+travel, so a failure anywhere is an error everywhere, nothing is committed, and what was written is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from ckpt_formats.digest import hexdigest
+from ckpt_formats.dtypes import dtype as dtype_named
+from ckpt_formats.errors import CheckpointError, SaveFailedError, StateError
+from ckpt_formats.geometry import Box
+from ckpt_formats.manifest import BLOB_PREFIX, rank_blob
+from ckpt_formats.native import names
+from ckpt_formats.values import encode
+
+from ckpt.collective import Collective, ProcessGroup
+from ckpt.phases import Phases
+from ckpt.provenance import provenance
+from ckpt.saving.commit import Contents, Part, commit, split_files
+from ckpt.saving.plan import Assigned, Plan, decode_assignment, describe, encode_assignment, make_plan, merge_entries
+from ckpt.saving.sources import BytesSource, TensorSource
+from ckpt.saving.values import merge_values
+from ckpt.state import LocalState, flatten
+from ckpt.state.references import encode_leaf
+from ckpt.state.torch_dtypes import dtype_of
+from ckpt.storage.data_file import Chunk, Staging, write_data_file
+from ckpt.storage.files import Files
+from ckpt.storage.publish import Folder, discard, prepare_folder, require_free
+
+PLANS = 4
+"""Plans that are kept for the next save: more than one, for states that are saved in turns."""
+
+_UINT8 = dtype_named("uint8")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveResult:
+    """What a save did."""
+
+    path: str
+    """The checkpoint's folder."""
+    step: int | None
+    """The training step it is of."""
+    bytes: int
+    """Bytes of tensors and values that all ranks together wrote."""
+    seconds: float
+    """From the call to the commit, on this rank."""
+    phases: Mapping[str, float]
+    """Seconds of this rank in each phase, waiting for other ranks included."""
+
+
+class _Known(NamedTuple):
+    """A plan that this process took part in before."""
+
+    assignment: Sequence[Assigned]
+    plan: Plan | None
+    """On rank 0 only."""
+
+
+class Saver:
+    """Saves states; keeps between saves what makes the next one cheap: plans and staging buffers."""
+
+    def __init__(self, files: Files | None = None, staging: Staging | None = None) -> None:
+        self.files = files or Files()
+        self.staging = staging or Staging()
+        self.plans: OrderedDict[str, _Known] = OrderedDict()
+
+    def save(
+        self,
+        state: Mapping[str, object],
+        path: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> SaveResult:
+        """See ckpt.save."""
+        folder = os.path.abspath(os.fspath(path))
+        if step is None:
+            step = names.step_of(os.path.basename(folder))
+        return _Attempt(self, Collective(process_group), folder, step).run(state)
+
+    def remember(self, key: str, known: _Known) -> None:
+        """Keep a plan, and forget the one that was not used for longest."""
+        self.plans[key] = known
+        self.plans.move_to_end(key)
+        while len(self.plans) > PLANS:
+            self.plans.popitem(last=False)
+
+
+class _Attempt:
+    """One attempt at one checkpoint, on one rank."""
+
+    def __init__(self, saver: Saver, group: Collective, path: str, step: int | None) -> None:
+        self._saver = saver
+        self._group = group
+        self._path = path
+        self._step = step
+        self._phases = Phases()
+        self._blobs: dict[str, bytes] = {}
+        # what follows is rank 0's
+        self._attempt = ""
+        self._folder: Folder | None = None
+        self._values: dict[str, Any] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._blob_sizes: dict[str, int] = {}
+
+    def run(self, state: Mapping[str, object]) -> SaveResult:
+        """Describe, plan, write, commit."""
+        try:
+            with self._phases("describe"):
+                local, description, hello, failure = self._describe(state)
+            with self._phases("plan"):
+                opened = json.loads(self._group.exchange(hello, failure, self._open))
+                known = self._agree_on_plan(opened["key"], opened["cached"], description)
+            with self._phases("write"):
+                part, failure = self._write(local, known.assignment, opened["attempt"], opened["blobs"])
+            with self._phases("commit"):
+                finish = partial(self._finish, known.plan)
+                total = int(self._group.exchange(part, failure, finish))
+        except BaseException:
+            if self._folder is not None:
+                discard(self._saver.files, self._folder, self._attempt)
+            raise
+        return SaveResult(
+            path=self._path,
+            step=self._step,
+            bytes=total,
+            seconds=self._phases.total,
+            phases=self._phases.seconds,
+        )
+
+    def _describe(self, state: Mapping[str, object]) -> tuple[LocalState, bytes, bytes, BaseException | None]:
+        """What this rank holds, and its greeting to rank 0: everything that changes from save to save."""
+        try:
+            local = flatten(state)
+            values = {
+                path: encode(value, path, blob=self._keep, leaf=encode_leaf) for path, value in local.values.items()
+            }
+            own = {path: encode(value, path, leaf=encode_leaf) for path, value in local.per_rank.items()}
+            if own:
+                self._blobs[rank_blob(self._group.rank)] = _json(own)
+            description = describe(local)
+            hello = {
+                "path": self._path,
+                "digest": hexdigest(description),
+                "plans": list(self._saver.plans),
+                "values": values,
+                "entries": local.entries,
+                "blobs": {name: len(data) for name, data in self._blobs.items()},
+            }
+            return local, description, _json(hello), None
+        except Exception as error:  # whatever it is, it travels to the other ranks
+            return LocalState(), b"", b"", error
+
+    def _keep(self, data: bytes) -> str:
+        name = BLOB_PREFIX + hexdigest(data)
+        self._blobs[name] = bytes(data)
+        return name
+
+    def _open(self, payloads: list[bytes]) -> bytes:
+        """On rank 0: join the values, see whether the plan is known, make the folders."""
+        hellos = [json.loads(payload) for payload in payloads]
+        for rank, hello in enumerate(hellos):
+            if hello["path"] != self._path:
+                raise StateError(
+                    f"rank {rank} saves to {hello['path']} but rank 0 to {self._path}; give all ranks the same path",
+                    rank=rank,
+                )
+        require_free(self._path)
+        self._entries = merge_entries([hello["entries"] for hello in hellos])
+        self._values = merge_values([hello["values"] for hello in hellos], self._entries)
+        writers: dict[str, int] = {}
+        for rank, hello in enumerate(hellos):
+            for name, size in hello["blobs"].items():
+                writers.setdefault(name, rank)
+                self._blob_sizes[name] = size
+        key = hexdigest("".join(hello["digest"] for hello in hellos).encode())
+        self._attempt = secrets.token_hex(8)
+        self._folder = prepare_folder(self._saver.files, self._path)
+        return _json(
+            {
+                "attempt": self._attempt,
+                "key": key,
+                "cached": all(key in hello["plans"] for hello in hellos),
+                "blobs": writers,
+            }
+        )
+
+    def _agree_on_plan(self, key: str, cached: bool, description: bytes) -> _Known:
+        if cached:
+            known = self._saver.plans[key]
+        else:
+            plan: Plan | None = None
+
+            def decide(descriptions: list[bytes]) -> list[bytes]:
+                nonlocal plan
+                plan = make_plan(descriptions)
+                return [encode_assignment(assignment) for assignment in plan.assignments]
+
+            assignment = decode_assignment(self._group.exchange_each(description, None, decide))
+            known = _Known(assignment, plan)
+        self._saver.remember(key, known)
+        return known
+
+    def _write(
+        self, local: LocalState, assignment: Sequence[Assigned], attempt: str, writers: Mapping[str, int]
+    ) -> tuple[bytes, BaseException | None]:
+        """Write this rank's files. Returns its part, encoded."""
+        rank = self._group.rank
+        try:
+            chunks = _chunks(local, assignment)
+            for name, data in self._blobs.items():
+                if writers[name] == rank:
+                    chunks.append(
+                        Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data))
+                    )
+            written = [
+                write_data_file(
+                    self._saver.files, self._path, names.data_path(rank, number, attempt), some, self._saver.staging
+                )
+                for number, some in enumerate(split_files(chunks))
+            ]
+            return Part(written, [[chunk.name for chunk in some] for some in split_files(chunks)]).encode(), None
+        except Exception as error:  # whatever it is, it travels to the other ranks
+            return b"", _explain(error, self._path, rank)
+
+    def _finish(self, plan: Plan | None, payloads: list[bytes]) -> bytes:
+        """On rank 0: commit what everybody wrote."""
+        assert plan is not None and self._folder is not None
+        parts = [Part.decode(payload) for payload in payloads]
+        tensors: dict[str, tuple[str, tuple[int, ...], int | None]] = dict(plan.tensors)
+        tensors.update({name: ("uint8", (size,), None) for name, size in self._blob_sizes.items()})
+        contents = Contents(
+            step=self._step,
+            tensors=tensors,
+            aliases=plan.aliases,
+            values=self._values,
+            entries=self._entries,
+            layout={"world_size": self._group.world_size, "meshes": plan.meshes, "cuts": plan.cuts},
+            provenance=provenance(),
+        )
+        try:
+            commit(self._saver.files, self._folder, self._attempt, contents, parts)
+        except OSError as error:
+            raise _explain(error, self._path, 0) from error
+        return str(sum(int(file.rows.length.sum()) for part in parts for file in part.files)).encode()
+
+
+def _chunks(local: LocalState, assignment: Sequence[Assigned]) -> list[Chunk]:
+    """What this rank writes, as chunks over the live tensors."""
+    tensors = list(local.tensors.values())
+    chunks = []
+    for position, number, box in assignment:
+        tensor = tensors[position]
+        piece = tensor.pieces[number]
+        view = piece.view
+        if box != piece.box:
+            view = view[box.relative_to(piece.box.offsets).slices()]
+        chunks.append(Chunk(tensor.name, dtype_of(tensor.dtype), tensor.shape, box, TensorSource(view)))
+    return chunks
+
+
+def _explain(error: Exception, path: str, rank: int) -> Exception:
+    """An error of the file system as one that says what it means for the checkpoint."""
+    if not isinstance(error, OSError) or isinstance(error, CheckpointError):
+        return error
+    failed = SaveFailedError(
+        f"{path}: rank {rank} could not write ({error.strerror or error}); nothing was committed and earlier checkpoints "
+        "are untouched. Free space or choose another place, then save again",
+        path=path,
+        rank=rank,
+    )
+    failed.__cause__ = error
+    return failed
+
+
+def _json(tree: object) -> bytes:
+    return json.dumps(tree, separators=(",", ":"), allow_nan=False).encode("ascii")

@@ -1,0 +1,59 @@
+"""The bytes of live tensors as chunks' sources: any device, any strides, read in row-major order a range at a time.
+
+So a chunk of any size goes through staging buffers of a fixed size, without a contiguous copy of the tensor.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from ckpt_formats.geometry import flat_boxes
+
+from ckpt.state.torch_dtypes import as_carrier, bytes_view
+
+
+class TensorSource:
+    """The elements of a tensor (shape and strides of any kind) in row-major order."""
+
+    __slots__ = ("_bytes", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
+        self._tensor = tensor
+        self._bytes = bytes_view(tensor) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+
+    def read(self, start: int, stop: int, into: memoryview) -> None:
+        """Fill `into` with bytes start..stop; both are multiples of the element size."""
+        if self._bytes is not None:
+            if stop - start < 1 << 16:
+                into[:] = self._bytes[start:stop]
+            else:
+                # numpy copies without the interpreter lock, so that the writing threads go on
+                np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(self._bytes[start:stop], np.uint8))
+            return
+        tensor = self._tensor
+        itemsize = tensor.element_size()
+        at = 0
+        for box in flat_boxes(tuple(tensor.shape), start // itemsize, stop // itemsize):
+            part = tensor.detach()[box.slices()]
+            if part.device.type != "cpu":
+                part = part.contiguous().cpu()
+            array = as_carrier(part)
+            nbytes = box.numel * itemsize
+            target = np.frombuffer(into[at : at + nbytes], dtype=array.dtype).reshape(box.sizes)
+            target[...] = array
+            at += nbytes
+
+
+class BytesSource:
+    """Bytes that lie in memory."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+
+    def read(self, start: int, stop: int, into: memoryview) -> None:
+        """Fill `into` with bytes start..stop."""
+        into[:] = self._data[start:stop]

@@ -1,0 +1,158 @@
+"""Publishing a checkpoint on a file system: index, root, and the order of syncs that makes the root the commit.
+
+Two phases: writers have written and synced their data files (prepare) before anything here runs; then pages, then the
+root under another name, then one exclusive link. Whoever sees `manifest.json` sees everything. docs/format.md, "Order
+of writing".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ckpt_formats.digest import BLOCK_SIZE, block_digests
+from ckpt_formats.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, SaveFailedError
+from ckpt_formats.native import index, names
+from ckpt_formats.native.index import PAGE_ROWS, IndexRows
+from ckpt_formats.native.reader import read_root
+from ckpt_formats.native.root import PageFile, Root, encode
+
+from ckpt.storage.files import Files
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A checkpoint's folder that an attempt writes to, and the folders above it that the attempt made."""
+
+    path: str
+    made: Sequence[str]
+
+
+def require_free(path: str) -> None:
+    """Raise CheckpointExistsError if a committed checkpoint lies at the path."""
+    if os.path.lexists(os.path.join(path, names.MANIFEST)):
+        raise CheckpointExistsError(
+            f"{path} holds a committed checkpoint already, and checkpoints are never overwritten; "
+            "save to another path, or remove that one first",
+            path=path,
+        )
+
+
+def prepare_folder(files: Files, path: str) -> Folder:
+    """Make the folders of a checkpoint.
+
+    Raises:
+        CheckpointExistsError: a committed checkpoint lies there.
+        OSError: a folder can't be made.
+    """
+    require_free(path)
+    made = files.make_folders(path)
+    for name in (names.DATA, names.INDEX):
+        made += files.make_folders(os.path.join(path, name))
+    return Folder(path, made)
+
+
+def write_pages(
+    files: Files, folder: str, attempt: str, rows: IndexRows, counts: Sequence[int]
+) -> tuple[list[PageFile], list[tuple[int, int]]]:
+    """Write the index as pages and sync them.
+
+    Args:
+        rows: all chunks, sorted by tensor and offset.
+        counts: chunks of each tensor, in the order of the rows.
+
+    Returns:
+        The pages, and for each tensor its page and first row there ((0, 0) for a tensor without chunks).
+    """
+    spans: list[tuple[int, int]] = []
+    placed: list[tuple[int, int]] = []
+    begin = end = 0
+    for count in counts:
+        if end - begin and end - begin + count > PAGE_ROWS:
+            spans.append((begin, end))
+            begin = end
+        placed.append((len(spans), end - begin) if count else (0, 0))
+        end += count
+    if end > begin:
+        spans.append((begin, end))
+    pages = []
+    for number, (first, last) in enumerate(spans):
+        data = index.pack(index.take(rows, np.arange(first, last)))
+        path = names.index_path(number, attempt)
+        _write_small(files, os.path.join(folder, path), data)
+        digests = [block.hex() for block in block_digests(data, BLOCK_SIZE)]
+        pages.append(PageFile(path, len(data), last - first, digests))
+    return pages, placed
+
+
+def publish(files: Files, folder: Folder, root: Root) -> None:
+    """Commit: sync what the root lists, write the root, and link it to its name.
+
+    Raises:
+        CheckpointExistsError: another attempt committed at this path meanwhile.
+        OSError: nothing was committed.
+    """
+    path = folder.path
+    for name in (names.DATA, names.INDEX):
+        files.sync_folder(os.path.join(path, name))
+    temporary = os.path.join(path, names.temporary_manifest(root.attempt))
+    _write_small(files, temporary, encode(root))
+    files.sync_folder(path)
+    # a folder that was made is an entry of the one above it; the checkpoint's own entry is made sure of in any case
+    for parent in {os.path.dirname(made) for made in folder.made} | {os.path.dirname(path)}:
+        if parent != path:
+            files.sync_folder(parent)
+    try:
+        # the commit: exclusive, so that of two attempts one wins; atomic, so that the root is whole or absent
+        files.link(temporary, os.path.join(path, names.MANIFEST))
+    except FileExistsError as error:
+        raise CheckpointExistsError(
+            f"{path}: another save committed a checkpoint here meanwhile; this one is given up", path=path
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise SaveFailedError(
+                f"{path}: the file system allows no hard links, which publish a checkpoint atomically; "
+                "save to one that does",
+                path=path,
+            ) from error
+        raise
+    files.sync_folder(path)
+    with contextlib.suppress(OSError):
+        # committed already: a second name that stays behind harms nobody
+        files.remove(temporary)
+
+
+def discard(files: Files, folder: Folder, attempt: str) -> None:
+    """Remove what an attempt that failed has left behind, as far as the file system lets us.
+
+    An attempt may fail after its commit (the last sync of the folder, say): then its files are a checkpoint's, and stay.
+    """
+    try:
+        committed = read_root(folder.path).attempt == attempt
+    except CheckpointNotFoundError:
+        committed = False
+    except (CheckpointError, OSError):
+        committed = True
+    if committed:
+        return
+    for name in (names.DATA, names.INDEX, ""):
+        inside = os.path.join(folder.path, name) if name else folder.path
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(inside):
+                if attempt in entry:
+                    with contextlib.suppress(OSError):
+                        files.remove(os.path.join(inside, entry))
+    for made in reversed(folder.made):
+        with contextlib.suppress(OSError):
+            files.remove_folder(made)
+
+
+def _write_small(files: Files, path: str, data: bytes) -> None:
+    with files.create(path, direct=False) as file:
+        file.write(memoryview(data), 0)
+        file.sync()

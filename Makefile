@@ -42,8 +42,9 @@ format: $(STAMP)
 	@$(BIN)/ruff format
 
 bench: $(STAMP)
-	@echo "==> Running the benchmarks"
-	@$(BIN)/python -m benchmarks
+	@echo "==> Running the benchmarks, 1 GiB and then 20,000 small tensors (some minutes; a quiet machine gives steadier numbers)"
+	@$(BIN)/python -m benchmarks.save_load
+	@$(BIN)/python -m benchmarks.many_tensors
 
 soak: $(STAMP)
 	@echo "==> Running the long tests"

@@ -60,7 +60,10 @@ class Plan:
 
 
 def describe(state: LocalState) -> bytes:
-    """What a rank holds, as bytes that are equal exactly when plans are."""
+    """What a rank holds, as bytes that are equal exactly when plans are. Raises StateError for names that can't be stored."""
+    for name in state.tensors:
+        if not name or not _is_text(name):
+            raise StateError(f"a tensor can't be named {name!r}; give it a non-empty name that is valid Unicode", tensor=name)
     cuts: dict[tuple[Any, str], int] = {}
     tensors = [
         [
@@ -78,6 +81,16 @@ def describe(state: LocalState) -> bytes:
         "aliases": state.aliases,
     }
     return json.dumps(tree, separators=(",", ":")).encode("ascii")
+
+
+def _is_text(name: str) -> bool:
+    if name.isascii():
+        return True
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Holder(NamedTuple):

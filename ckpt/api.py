@@ -1,0 +1,99 @@
+"""The front door's functions: save, load, open."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from ckpt_formats.arrays import AnyArray
+from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
+from ckpt_formats.dtypes import DType
+
+from ckpt.collective import ProcessGroup
+from ckpt.loading.load import LoadResult
+from ckpt.loading.load import load as _load
+from ckpt.saving.save import Saver, SaveResult
+from ckpt.state.torch_dtypes import from_carrier, torch_dtype
+
+_saver = Saver()
+
+
+def save(
+    state: Mapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    process_group: ProcessGroup | None = None,
+) -> SaveResult:
+    """Save a training state as a checkpoint; returns when it is committed and on stable storage.
+
+    Collective: all ranks of the process group call it with the same path and the same entries. Each box is written by one
+    rank. Saving changes nothing in the state.
+
+    Args:
+        state: name -> module, optimizer, anything with `state_dict` and `load_state_dict`, tensor (DTensor, Shard), plain
+            value, or RNG(). Plain values must be equal on all ranks or be marked with PerRank.
+        path: the checkpoint's folder, which must not hold a committed checkpoint; folders above it are made.
+        step: the training step, by default the one in the folder's name (`step_100`), if there is one.
+        process_group: the ranks that take part; the default group when there is one, else this process alone.
+
+    Raises:
+        CheckpointExistsError: a checkpoint was committed there before.
+        StateError, UnsupportedValueError, ValuesDifferError, CoverageError: the state can't be saved; nothing was written.
+        SaveFailedError: writing failed; nothing was committed.
+        RankError: another rank failed; nothing was committed.
+    """
+    return _saver.save(state, path, step=step, process_group=process_group)
+
+
+def load(
+    state: MutableMapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    cast: bool = False,
+    process_group: ProcessGroup | None = None,
+) -> LoadResult:
+    """Load a checkpoint into a state, in place, whatever parallelism wrote it and whatever parallelism the state has.
+
+    Collective like `save`. Each rank reads only the ranges that it needs, verified against their checksums. Entries of
+    the checkpoint that the state does not name are not loaded.
+
+    Args:
+        state: as for `save`. Tensors are written in place; slots that an optimizer does not have yet are made; plain
+            values are replaced in the mapping.
+        path: the checkpoint's folder.
+        strict: with False, names that only one side has are skipped and reported in the result.
+        cast: convert tensors whose dtype differs, instead of refusing.
+        process_group: as for `save`.
+
+    Raises:
+        CheckpointNotFoundError: no checkpoint was committed there.
+        StateMismatchError, ShapeMismatchError, DtypeMismatchError: the state is another; nothing was touched.
+        CorruptionError: bytes do not fit their checksum; tensors may have been overwritten in part.
+        RankError: another rank failed.
+    """
+    return _load(state, path, strict=strict, cast=cast, process_group=process_group)
+
+
+def open(path: str | os.PathLike[str]) -> Checkpoint:  # noqa: A001 - ckpt.open, as in gzip.open
+    """Open a checkpoint for reading, without a process group and without loading anything.
+
+    `ckpt.open(path)["model.embed.weight"][0:10]` reads those rows as a torch tensor on the CPU; `.tensors` maps names to
+    such lazy tensors, `.values` has the plain values, `.manifest` everything else.
+
+    Raises:
+        CheckpointNotFoundError: no checkpoint was committed there.
+        CorruptionError, FormatError: its manifest is damaged or wrong.
+    """
+    return open_checkpoint(path, _as_torch)
+
+
+def _as_torch(array: AnyArray, dtype: DType) -> Any:
+    # negative strides, from a[::-1], are nothing that torch knows
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    tensor: torch.Tensor = from_carrier(array, torch_dtype(dtype.name))
+    return tensor

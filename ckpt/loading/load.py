@@ -1,0 +1,244 @@
+"""Loading a checkpoint into live state, in place, whatever cut either has.
+
+Every rank reads the root, intersects what it holds with what is stored, and reads only those ranges, straight into the
+live memory where it can. All ranks of a process group take part only to learn of each other's failures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
+from ckpt_formats.errors import (
+    CheckpointError,
+    CorruptionError,
+    DtypeMismatchError,
+    RankError,
+    ShapeMismatchError,
+    StateMismatchError,
+)
+from ckpt_formats.geometry import Box, flat_boxes
+from ckpt_formats.reading import ReadStats, Request
+
+from ckpt.collective import Collective, ProcessGroup
+from ckpt.phases import Phases
+from ckpt.state import LocalTensor, SavedState, SavedTensor, Target, build_target
+from ckpt.state.references import LEAVES
+from ckpt.state.torch_dtypes import as_carrier, dtype_of, from_carrier, torch_dtype
+
+BOUNCE = 64 << 20
+"""Bytes of host memory through which tensors pass that can't be read in place: on another device, or to be cast."""
+LISTED = 10
+"""How many names an error lists before it says how many more there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadResult:
+    """What a load did, on this rank."""
+
+    path: str
+    """The checkpoint's folder."""
+    step: int | None
+    """The training step it is of."""
+    bytes_needed: int
+    """Bytes of the elements that this rank holds."""
+    bytes_read: int
+    """Bytes that were read to get and verify them."""
+    seconds: float
+    """From the call to the end, on this rank."""
+    phases: Mapping[str, float]
+    """Seconds of this rank in each phase, waiting for other ranks included."""
+    missing: Sequence[str] = field(default_factory=list)
+    """Names that the state has and the checkpoint does not; left as they were. Only with strict=False."""
+    unexpected: Sequence[str] = field(default_factory=list)
+    """Names that the checkpoint has below the entries of the state, and the state does not. Only with strict=False."""
+    per_rank_skipped: Sequence[str] = field(default_factory=list)
+    """Per-rank values (such as states of random generators) that were left as they were, because the checkpoint was
+    written by another number of ranks."""
+
+
+def load(
+    state: MutableMapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    strict: bool = True,
+    cast: bool = False,
+    process_group: ProcessGroup | None = None,
+) -> LoadResult:
+    """See ckpt.load."""
+    group = Collective(process_group)
+    phases = Phases()
+    folder = os.fspath(path)
+    failure: BaseException | None = None
+    load = _Load(state, folder, strict=strict, cast=cast, group=group)
+    try:
+        with phases("plan"):
+            load.plan()
+    except Exception as error:  # whatever it is, the other ranks learn it
+        failure = error
+    # nothing is touched before every rank has found that it can load
+    with phases("agree"):
+        group.agree(failure)
+    try:
+        with phases("read"):
+            load.read()
+    except Exception as error:
+        failure = _half_loaded(error)
+    with phases("agree"):
+        group.agree(failure)
+    with phases("apply"):
+        load.apply()
+    target, stats = load.target, load.stats
+    return LoadResult(
+        path=folder,
+        step=load.checkpoint.step,
+        bytes_needed=stats.bytes_needed,
+        bytes_read=stats.bytes_read,
+        seconds=phases.total,
+        phases=phases.seconds,
+        missing=target.missing,
+        unexpected=target.unexpected,
+        per_rank_skipped=target.per_rank_skipped,
+    )
+
+
+def _half_loaded(error: Exception) -> Exception:
+    if isinstance(error, CheckpointError):
+        error.message += ". Tensors of the state may have been overwritten in part: load another checkpoint before training on"
+    return error
+
+
+class _Load:
+    """One load on one rank."""
+
+    def __init__(
+        self, state: MutableMapping[str, object], path: str, *, strict: bool, cast: bool, group: Collective
+    ) -> None:
+        self._state = state
+        self._path = path
+        self._strict = strict
+        self._cast = cast
+        self._group = group
+        self.checkpoint: Checkpoint
+        self.target: Target
+        self.stats = ReadStats()
+
+    def plan(self) -> None:
+        """Open, match names, shapes and dtypes, and check what the checkpoint claims. Touches nothing."""
+        self.checkpoint = open_checkpoint(self._path)
+        manifest = self.checkpoint.manifest
+        self._values = {
+            path: self.checkpoint.decode(value, path, leaf=LEAVES)
+            for path, value in manifest.values.items()
+            if _top(path, manifest.entries) in self._state
+        }
+        metas = manifest.model_tensors
+        saved = SavedState(
+            tensors={name: SavedTensor(torch_dtype(meta.dtype.name), meta.shape) for name, meta in metas.items()},
+            aliases=manifest.aliases,
+            values=self._values,
+            entries=manifest.entries,
+        )
+        same_world = manifest.world_size == self._group.world_size
+        own = self.checkpoint.per_rank(self._group.rank) if same_world else None
+        self._per_rank = (
+            None
+            if own is None
+            else {path: self.checkpoint.decode(value, path, leaf=LEAVES) for path, value in own.items()}
+        )
+        self.target = build_target(self._state, saved)
+        self._check(saved)
+
+    def _check(self, saved: SavedState) -> None:
+        target = self.target
+        if self._strict and (target.missing or target.unexpected):
+            raise StateMismatchError(
+                f"{self._path} does not fit the state."
+                + _listed("In the state but not in the checkpoint", target.missing)
+                + _listed("In the checkpoint but not in the state", target.unexpected)
+                + " Give the state that was saved, or strict=False to load what they have in common",
+                path=self._path,
+            )
+        shapes, dtypes = [], []
+        for name, local in target.tensors.items():
+            stored = saved.find(name)
+            if stored is None:
+                continue
+            if stored.shape != local.shape:
+                shapes.append(f"{name} ({list(stored.shape)} stored, {list(local.shape)} in the state)")
+            elif stored.dtype != local.dtype and not self._cast:
+                dtypes.append(f"{name} ({stored.dtype} stored, {local.dtype} in the state)")
+        if shapes:
+            raise ShapeMismatchError(
+                f"{self._path} does not fit the state." + _listed("Other shapes", shapes) + " Build the model as it was saved",
+                path=self._path,
+            )
+        if dtypes:
+            raise DtypeMismatchError(
+                f"{self._path} does not fit the state." + _listed("Other dtypes", dtypes) + " Pass cast=True to convert them",
+                path=self._path,
+            )
+
+    def read(self) -> None:
+        """Read everything that this rank holds into its live memory."""
+        manifest = self.checkpoint.manifest
+        in_place: list[Request] = []
+        bounced: list[tuple[LocalTensor, Box, torch.Tensor]] = []
+        for local in self.target.tensors.values():
+            meta = manifest.tensors.get(manifest.aliases.get(local.name, local.name))
+            if meta is None:
+                continue
+            same = meta.dtype is dtype_of(local.dtype)
+            for piece in local.pieces:
+                view = piece.view
+                if same and view.device.type == "cpu" and not (view.is_conj() or view.is_neg()):
+                    in_place.append(Request(local.name, piece.box, as_carrier(view)))
+                else:
+                    bounced.append((local, piece.box, view))
+        stats = self.checkpoint.read(in_place)
+        self._add(stats)
+        for local, box, view in bounced:
+            dtype = manifest.meta(local.name).dtype
+            for part in _bounded(box, dtype.itemsize):
+                array = np.empty(part.sizes, dtype=dtype.carrier)
+                self._add(self.checkpoint.read([Request(local.name, part, array)]))
+                with torch.no_grad():
+                    view[part.relative_to(box.offsets).slices()].copy_(from_carrier(array, torch_dtype(dtype.name)))
+
+    def _add(self, stats: ReadStats) -> None:
+        self.stats.bytes_read += stats.bytes_read
+        self.stats.bytes_needed += stats.bytes_needed
+
+    def apply(self) -> None:
+        """Attach what was made and restore the values."""
+        self.target.apply(self._values, self._per_rank)
+        self.checkpoint.close()
+
+
+def _bounded(box: Box, itemsize: int) -> Iterator[Box]:
+    """A box in parts of at most BOUNCE bytes."""
+    step = max(1, BOUNCE // itemsize)
+    for start in range(0, box.numel, step):
+        for part in flat_boxes(box.sizes, start, min(start + step, box.numel)):
+            yield Box(tuple(o + b for o, b in zip(part.offsets, box.offsets, strict=True)), part.sizes)
+
+
+def _top(path: str, entries: Mapping[str, object]) -> str:
+    """The top-level entry that a value's path lies in; entries may have dots in their names."""
+    at = len(path)
+    while at > 0:
+        if path[:at] in entries:
+            return path[:at]
+        at = path.rfind(".", 0, at)
+    return path
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f" {what}: {', '.join(list(names)[:LISTED])}{more}."

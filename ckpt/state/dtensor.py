@@ -48,7 +48,7 @@ class Lowered(NamedTuple):
     cut: str
     """How the tensor is cut, a word for each mesh axis, as in `S(0)@dp R@tp`.
 
-    `R` is replicated; `S(d)` cut in dimension d, in order of the mesh's axes; `S(d)/n` cut in dimension d within each
+    `R` is replicated; `S(d)` cut in dimension d, in order of the mesh's axes; `SS(d,n)` cut in dimension d within each
     of n pieces, which is what FSDP2 over n-fold tensor parallelism of the same dimension does.
     """
 
@@ -181,8 +181,8 @@ def _lower(
     words = []
     for axis, axis_name in enumerate(names):
         if axis in cuts:
-            factor = f"/{cuts[axis].split_factor}" if cuts[axis].split_factor > 1 else ""
-            words.append(f"S({cuts[axis].dim}){factor}@{axis_name}")
+            dim, factor, _, _ = cuts[axis]
+            words.append(f"SS({dim},{factor})@{axis_name}" if factor > 1 else f"S({dim})@{axis_name}")
         else:
             words.append(f"R@{axis_name}")
     nothing = Lowered(shape, (), " ".join(words), (names, sizes))

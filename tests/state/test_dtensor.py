@@ -190,7 +190,7 @@ def test_a_strided_shard_may_be_several_boxes():
     ("placements", "names", "cut"),
     [
         ([Shard(0), Replicate()], ("dp", "tp"), "S(0)@dp R@tp"),
-        ([_StridedShard(0, split_factor=2), Shard(0)], ("dp", "tp"), "S(0)/2@dp S(0)@tp"),
+        ([_StridedShard(0, split_factor=2), Shard(0)], ("dp", "tp"), "SS(0,2)@dp S(0)@tp"),
         ([Replicate(), Shard(1)], None, "R@0 S(1)@1"),
     ],
 )
@@ -303,7 +303,7 @@ def test_what_fsdp2_and_tensor_parallelism_hold_is_lowered_on_every_rank(sizes, 
         cover(parameter.shape, {box for boxes in per_rank for box in boxes[name][0]})
     if (sizes, hybrid) == ((2, 2), False):
         assert [boxes["up.0.bias"] for boxes in per_rank] == [
-            ([Box((start,), (stop - start,))], "S(0)/2@dp S(0)@tp")
+            ([Box((start,), (stop - start,))], "SS(0,2)@dp S(0)@tp")
             for start, stop in ((0, 26), (51, 76), (26, 51), (76, 101))
         ]
         assert per_rank[0]["down.0.weight"][1] == "S(0)@dp S(1)@tp"

@@ -143,7 +143,7 @@ class _Load:
             values=self._values,
             entries=manifest.entries,
         )
-        same_world = manifest.world_size == self._group.world_size
+        same_world = manifest.per_rank_world_size == self._group.world_size
         own = self.checkpoint.per_rank(self._group.rank) if same_world else None
         self._per_rank = (
             None

@@ -33,6 +33,7 @@ Cuts = tuple[int | None, ...]
 """For each axis of a mesh, the dimension that it cuts of a tensor, or None when the tensor is replicated over it."""
 
 _REPLICATE: Final = "replicate"
+_MOST_RANKS: Final = 1 << 20
 _DATA_PARALLEL: Final = frozenset({"dp", "fsdp", "dp_shard"})
 _REPLICAS: Final = frozenset({"dp_replicate"})
 _AXIS = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)\s*=\s*([0-9]{1,9})", re.ASCII)
@@ -65,6 +66,8 @@ class Mesh:
                 raise LayoutError(f"the axis {name!r} is in the mesh {text!r} twice; give each axis a name of its own")
             names.append(name)
             shape.append(size)
+        if math.prod(shape) > _MOST_RANKS:
+            raise LayoutError(f"the mesh {text!r} has {math.prod(shape)} ranks; at most {_MOST_RANKS} make sense")
         return cls(tuple(names), tuple(shape))
 
     def __str__(self) -> str:

@@ -124,6 +124,11 @@ class Manifest:
         """How many ranks wrote it."""
         return int(self.layout.get("world_size", 1))
 
+    @property
+    def per_rank_world_size(self) -> int:
+        """How many ranks saved values of their own; a checkpoint that was resharded keeps those of its source."""
+        return sum(name.startswith(RANK_PREFIX) for name in self.tensors)
+
     def meta(self, name: str) -> TensorMeta:
         """The tensor of that name, or the one that it is tied to.
 

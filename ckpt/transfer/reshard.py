@@ -1,0 +1,261 @@
+"""Resharding: a checkpoint cut anew for another mesh, without processes, streaming, in bounded memory.
+
+Loading needs no resharding: any cut loads into any other. What this buys is that the bytes of each target rank lie
+together, in a file of its own, so that loading them again and again reads long runs. What is read is verified on the way.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
+from ckpt_formats.dtypes import DType
+from ckpt_formats.errors import CheckpointError, SaveFailedError
+from ckpt_formats.geometry import Box, flat_boxes
+from ckpt_formats.layout import Cuts, Layout, Mesh, boxes, cut_words
+from ckpt_formats.manifest import RESERVED_PREFIX, Manifest
+from ckpt_formats.native import names
+from ckpt_formats.reading import Request
+
+from ckpt.phases import Phases
+from ckpt.provenance import provenance
+from ckpt.saving.commit import Contents, Part, commit, split_files
+from ckpt.storage.data_file import Chunk, Staging, write_data_file
+from ckpt.storage.files import Files
+from ckpt.storage.publish import discard, prepare_folder
+
+WINDOW = 16 << 20
+"""Bytes of a chunk that are read from the source at once."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReshardResult:
+    """What a reshard did."""
+
+    path: str
+    """The new checkpoint's folder."""
+    mesh: Mesh
+    """What it is cut for."""
+    tensors: int
+    """Tensors of the model."""
+    bytes: int
+    """Bytes that were written."""
+    bytes_per_rank: Sequence[int]
+    """Bytes in each target rank's file; what several ranks hold alike lies in one of them."""
+    seconds: float
+
+
+def reshard(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    mesh: Mesh,
+    layout: Layout | None = None,
+    *,
+    progress: Progress | None = None,
+    files: Files | None = None,
+) -> ReshardResult:
+    """Write the checkpoint `source` as a new one, `target`, in which each rank's bytes on `mesh` lie together.
+
+    Args:
+        source: a checkpoint's folder.
+        target: the new one's, which must not hold a checkpoint.
+        mesh: axes and sizes, such as Mesh.parse("dp=2,tp=4").
+        layout: which dimension an axis cuts; see ckpt_formats.layout for what goes without saying.
+        progress: called after each chunk.
+
+    Raises:
+        CheckpointNotFoundError, CorruptionError, FormatError: of the source.
+        LayoutError: nothing says how an axis cuts, or rules are wrong, unused or at odds.
+        CheckpointExistsError: of the target.
+        SaveFailedError: writing failed; nothing was committed.
+    """
+    phases = Phases()
+    files = files or Files()
+    with open_checkpoint(source) as checkpoint:
+        manifest = checkpoint.manifest
+        cuts = _cuts(manifest, mesh, layout or Layout())
+        done = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+        per_rank = _assign(checkpoint, mesh, cuts, count)
+        total = sum(chunk.nbytes for chunks in per_rank for chunk in chunks)
+        path = os.path.abspath(os.fspath(target))
+        folder = prepare_folder(files, path)
+        attempt = secrets.token_hex(8)
+        staging = Staging()
+        parts: list[Part] = []
+        try:
+            for rank, chunks in enumerate(per_rank):
+                written = []
+                chunk_names = []
+                for number, some in enumerate(split_files(chunks)):
+                    data = names.data_path(rank, number, attempt)
+                    written.append(write_data_file(files, path, data, some, staging))
+                    chunk_names.append([chunk.name for chunk in some])
+                parts.append(Part(written, chunk_names))
+            commit(files, folder, attempt, _contents(manifest, mesh, cuts), parts)
+        except BaseException as error:
+            discard(files, folder, attempt)
+            if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+                raise SaveFailedError(
+                    f"{path}: could not be written ({error.strerror or error}); nothing was committed. "
+                    "Free space or choose another place, then try again",
+                    path=path,
+                ) from error
+            raise
+    return ReshardResult(
+        path=path,
+        mesh=mesh,
+        tensors=len(manifest.model_tensors),
+        bytes=total,
+        bytes_per_rank=[sum(chunk.nbytes for chunk in chunks) for chunks in per_rank],
+        seconds=phases.total,
+    )
+
+
+def slot_owners(manifest: Manifest) -> dict[str, str]:
+    """Name of each optimizer slot -> name of the parameter that it belongs to."""
+    owners: dict[str, str] = {}
+    for entry, facts in manifest.entries.items():
+        modules = facts.get("modules")
+        if facts.get("kind") != "optimizer" or not isinstance(modules, Mapping):
+            continue
+        prefix = f"{entry}.state."
+        home = f"{modules['']}." if "" in modules else ""
+        for name in manifest.tensors:
+            if not name.startswith(prefix):
+                continue
+            parameter = home + name[len(prefix) :]
+            # slots have no dots as a rule, but nothing forbids them
+            while "." in parameter:
+                parameter = parameter.rpartition(".")[0]
+                if parameter in manifest.tensors or parameter in manifest.aliases:
+                    owners[name] = manifest.aliases.get(parameter, parameter)
+                    break
+    return owners
+
+
+def _cuts(manifest: Manifest, mesh: Mesh, layout: Layout) -> dict[str, Cuts]:
+    metas = manifest.model_tensors
+    texts = manifest.layout.get("cuts", [])
+    recorded = {}
+    for name, meta in metas.items():
+        cut = texts[meta.cut] if meta.cut is not None else None
+        if isinstance(cut, dict) and isinstance(cut.get("cut"), str) and cut["cut"]:
+            recorded[name] = cut["cut"]
+    return layout.cuts(
+        mesh,
+        {name: meta.shape for name, meta in metas.items()},
+        recorded=recorded,
+        owners=slot_owners(manifest),
+    )
+
+
+def _assign(
+    checkpoint: Checkpoint, mesh: Mesh, cuts: Mapping[str, Cuts], count: Callable[[int], None]
+) -> list[list[Chunk]]:
+    """For each target rank the chunks of its file. What several ranks hold goes to the one with the least."""
+    manifest = checkpoint.manifest
+    load = [0] * mesh.size
+    held: list[list[Chunk]] = [[] for _ in range(mesh.size)]
+    shared: list[tuple[Chunk, list[int]]] = []
+    for name, meta in manifest.tensors.items():
+        checkpoint.reader.require(name)
+        if name.startswith(RESERVED_PREFIX):
+            owners = {Box.whole(meta.shape): list(range(mesh.size))} if meta.numel else {}
+        else:
+            owners = {}
+            for rank in range(mesh.size):
+                for box in boxes(meta.shape, cuts[name], mesh, rank):
+                    owners.setdefault(box, []).append(rank)
+        for box, ranks in owners.items():
+            chunk = Chunk(name, meta.dtype, meta.shape, box, _BoxSource(checkpoint, name, box, meta.dtype, count))
+            if len(ranks) == 1:
+                held[ranks[0]].append(chunk)
+                load[ranks[0]] += chunk.nbytes
+            else:
+                shared.append((chunk, ranks))
+    shared.sort(key=lambda item: -item[0].nbytes)
+    for chunk, ranks in shared:
+        rank = min(ranks, key=lambda rank: (load[rank], rank))
+        held[rank].append(chunk)
+        load[rank] += chunk.nbytes
+    for chunks in held:
+        chunks.sort(key=lambda chunk: (chunk.name, chunk.box))
+    return held
+
+
+def _contents(manifest: Manifest, mesh: Mesh, cuts: Mapping[str, Cuts]) -> Contents:
+    texts: dict[str, int] = {}
+    tensors: dict[str, tuple[str, tuple[int, ...], int | None]] = {}
+    for name, meta in manifest.tensors.items():
+        cut = None
+        if name in cuts:
+            words = cut_words(cuts[name], mesh)
+            cut = texts.setdefault(words, len(texts))
+        tensors[name] = (meta.dtype.name, meta.shape, cut)
+    layout: dict[str, Any] = {
+        "world_size": mesh.size,
+        "meshes": [{"names": list(mesh.names), "shape": list(mesh.shape)}],
+        "cuts": [{"mesh": 0, "cut": text} for text in texts],
+    }
+    return Contents(
+        step=manifest.step,
+        tensors=tensors,
+        aliases=manifest.aliases,
+        values=manifest.values,
+        entries=manifest.entries,
+        layout=layout,
+        provenance=provenance(made_by="reshard", source=os.path.basename(os.path.normpath(manifest.path))),
+    )
+
+
+class _BoxSource:
+    """The elements of a box of the source checkpoint in row-major order, read a window at a time."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, box: Box, dtype: DType, count: Callable[[int], None]
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._name = name
+        self._box = box
+        self._dtype = dtype
+        self._count = count
+        self._start = 0
+        self._window = memoryview(b"")
+
+    def read(self, start: int, stop: int, into: memoryview) -> None:
+        """Fill `into` with bytes start..stop of the box."""
+        if start < self._start or stop > self._start + len(self._window):
+            self._fetch(start, stop)
+        into[:] = self._window[start - self._start : stop - self._start]
+        self._count(stop - start)
+        if stop == self._box.numel * self._dtype.itemsize:
+            self._window = memoryview(b"")
+
+    def _fetch(self, start: int, stop: int) -> None:
+        itemsize = self._dtype.itemsize
+        end = min(max(stop, start + WINDOW), self._box.numel * itemsize)
+        flat = np.empty((end - start) // itemsize, dtype=self._dtype.carrier)
+        requests = []
+        at = 0
+        for part in flat_boxes(self._box.sizes, start // itemsize, end // itemsize):
+            place = Box(tuple(o + b for o, b in zip(part.offsets, self._box.offsets, strict=True)), part.sizes)
+            requests.append(Request(self._name, place, flat[at : at + part.numel].reshape(part.sizes)))
+            at += part.numel
+        self._checkpoint.read(requests)
+        self._start = start
+        self._window = memoryview(flat.view(np.uint8))

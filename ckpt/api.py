@@ -7,15 +7,15 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
-from ckpt_formats.arrays import AnyArray
-from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
-from ckpt_formats.dtypes import DType
 
 from ckpt.collective import ProcessGroup
 from ckpt.loading.load import LoadResult
 from ckpt.loading.load import load as _load
 from ckpt.saving.save import Saver, SaveResult
 from ckpt.state.torch_dtypes import from_carrier, torch_dtype
+from ckpt_formats.arrays import AnyArray
+from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
+from ckpt_formats.dtypes import DType
 
 _saver = Saver()
 
@@ -29,19 +29,20 @@ def save(
 ) -> SaveResult:
     """Save a training state as a checkpoint; returns when it is committed and on stable storage.
 
-    Collective: all ranks of the process group call it with the same path and the same entries. Each box is written by one
-    rank. Saving changes nothing in the state.
+    Collective: all ranks of the process group call it with the same path and the same entries. Each box is written by
+    one rank. Saving changes nothing in the state.
 
     Args:
-        state: name -> module, optimizer, anything with `state_dict` and `load_state_dict`, tensor (DTensor, Shard), plain
-            value, or RNG(). Plain values must be equal on all ranks or be marked with PerRank.
+        state: name -> module, optimizer, anything with `state_dict` and `load_state_dict`, tensor (DTensor, Shard),
+            plain value, or RNG(). Plain values must be equal on all ranks or be marked with PerRank.
         path: the checkpoint's folder, which must not hold a committed checkpoint; folders above it are made.
         step: the training step, by default the one in the folder's name (`step_100`), if there is one.
         process_group: the ranks that take part; the default group when there is one, else this process alone.
 
     Raises:
         CheckpointExistsError: a checkpoint was committed there before.
-        StateError, UnsupportedValueError, ValuesDifferError, CoverageError: the state can't be saved; nothing was written.
+        StateError, UnsupportedValueError, ValuesDifferError, CoverageError: the state can't be saved; nothing was
+            written.
         SaveFailedError: writing failed; nothing was committed.
         RankError: another rank failed; nothing was committed.
     """
@@ -78,11 +79,11 @@ def load(
     return _load(state, path, strict=strict, cast=cast, process_group=process_group)
 
 
-def open(path: str | os.PathLike[str]) -> Checkpoint:  # noqa: A001 - ckpt.open, as in gzip.open
+def open(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint for reading, without a process group and without loading anything.
 
-    `ckpt.open(path)["model.embed.weight"][0:10]` reads those rows as a torch tensor on the CPU; `.tensors` maps names to
-    such lazy tensors, `.values` has the plain values, `.manifest` everything else.
+    `ckpt.open(path)["model.embed.weight"][0:10]` reads those rows as a torch tensor on the CPU; `.tensors` maps names
+    to such lazy tensors, `.values` has the plain values, `.manifest` everything else.
 
     Raises:
         CheckpointNotFoundError: no checkpoint was committed there.

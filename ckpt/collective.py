@@ -1,8 +1,8 @@
 """The few collective operations that saving and loading need: bytes gathered, scattered and broadcast.
 
-Over a torch process group, or alone. Failures travel too: when a rank fails in a phase, every rank learns it at the end of
-that phase and raises, so nobody waits for somebody who has given up. Waits end with the process group's own time limit.
-Payloads are bytes of our own making; nothing is pickled.
+Over a torch process group, or alone. Failures travel too: when a rank fails in a phase, every rank learns it at the end
+of that phase and raises, so nobody waits for somebody who has given up. Waits end with the process group's own time
+limit. Payloads are bytes of our own making; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+
 from ckpt_formats import errors
 from ckpt_formats.errors import CheckpointError, RankError
 
@@ -58,9 +59,8 @@ class Collective:
         return [self._bytes(tensor, size) for tensor, size in zip(everyone, sizes, strict=True)]
 
     def scatter(self, payloads: Sequence[bytes] | None) -> bytes:
-        """Rank k gets payloads[k] of rank 0."""
-        if self.world_size == 1:
-            assert payloads is not None
+        """Rank k gets payloads[k] of rank 0, which alone gives them."""
+        if self.world_size == 1 and payloads is not None:
             return payloads[0]
         sizes = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
         if payloads is not None:
@@ -73,9 +73,8 @@ class Collective:
         return self._bytes(mine, int(sizes[self.rank]))
 
     def broadcast(self, payload: bytes | None) -> bytes:
-        """Everybody gets the payload of rank 0."""
-        if self.world_size == 1:
-            assert payload is not None
+        """Everybody gets the payload of rank 0, which alone gives it."""
+        if self.world_size == 1 and payload is not None:
             return payload
         size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=self._device)
         dist.broadcast(size, group=self._group, group_src=0)
@@ -84,9 +83,7 @@ class Collective:
         dist.broadcast(tensor, group=self._group, group_src=0)
         return self._bytes(tensor, count)
 
-    def exchange(
-        self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], bytes]
-    ) -> bytes:
+    def exchange(self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], bytes]) -> bytes:
         """End a phase: rank 0 decides from everybody's payload, and everybody gets its answer.
 
         Args:
@@ -125,7 +122,7 @@ class Collective:
             return failed[:1]
         try:
             return [_OK + answer for answer in decide([message[1:] for message in gathered])]
-        except Exception as error:  # whatever it is, the others must not wait for an answer that never comes
+        except Exception as error:  # noqa: BLE001 - the others must not wait for an answer that never comes
             self._own = error
             return [self._failed(error)]
 
@@ -159,4 +156,3 @@ class Collective:
     @staticmethod
     def _bytes(tensor: torch.Tensor, length: int) -> bytes:
         return tensor[:length].cpu().numpy().tobytes()
-

@@ -1,0 +1,1 @@
+"""From a checkpoint into live state, in place."""

@@ -12,23 +12,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
-from ckpt_formats.errors import (
-    CheckpointError,
-    CorruptionError,
-    DtypeMismatchError,
-    RankError,
-    ShapeMismatchError,
-    StateMismatchError,
-)
-from ckpt_formats.geometry import Box, flat_boxes
-from ckpt_formats.reading import ReadStats, Request
 
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.phases import Phases
 from ckpt.state import LocalTensor, SavedState, SavedTensor, Target, build_target
 from ckpt.state.references import LEAVES
 from ckpt.state.torch_dtypes import as_carrier, dtype_of, from_carrier, torch_dtype
+from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
+from ckpt_formats.errors import (
+    CheckpointError,
+    DtypeMismatchError,
+    ShapeMismatchError,
+    StateMismatchError,
+)
+from ckpt_formats.geometry import Box, flat_boxes
+from ckpt_formats.reading import ReadStats, Request
 
 BOUNCE = 64 << 20
 """Bytes of host memory through which tensors pass that can't be read in place: on another device, or to be cast."""
@@ -78,7 +76,7 @@ def load(
     try:
         with phases("plan"):
             load.plan()
-    except Exception as error:  # whatever it is, the other ranks learn it
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks learn it
         failure = error
     # nothing is touched before every rank has found that it can load
     with phases("agree"):
@@ -86,7 +84,7 @@ def load(
     try:
         with phases("read"):
             load.read()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - as above
         failure = _half_loaded(error)
     with phases("agree"):
         group.agree(failure)
@@ -108,7 +106,9 @@ def load(
 
 def _half_loaded(error: Exception) -> Exception:
     if isinstance(error, CheckpointError):
-        error.message += ". Tensors of the state may have been overwritten in part: load another checkpoint before training on"
+        error.message += (
+            ". Tensors of the state may have been overwritten in part: load another checkpoint before training on"
+        )
     return error
 
 
@@ -174,12 +174,16 @@ class _Load:
                 dtypes.append(f"{name} ({stored.dtype} stored, {local.dtype} in the state)")
         if shapes:
             raise ShapeMismatchError(
-                f"{self._path} does not fit the state." + _listed("Other shapes", shapes) + " Build the model as it was saved",
+                f"{self._path} does not fit the state."
+                + _listed("Other shapes", shapes)
+                + " Build the model as it was saved",
                 path=self._path,
             )
         if dtypes:
             raise DtypeMismatchError(
-                f"{self._path} does not fit the state." + _listed("Other dtypes", dtypes) + " Pass cast=True to convert them",
+                f"{self._path} does not fit the state."
+                + _listed("Other dtypes", dtypes)
+                + " Pass cast=True to convert them",
                 path=self._path,
             )
 

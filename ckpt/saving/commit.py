@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from ckpt.storage.data_file import Chunk, WrittenFile
+from ckpt.storage.files import Files
+from ckpt.storage.publish import Folder, publish, write_pages
 from ckpt_formats.codecs import RAW
 from ckpt_formats.digest import BLOCK_SIZE
 from ckpt_formats.dtypes import dtype as dtype_named
@@ -19,10 +23,6 @@ from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.native import index
 from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.root import DataFile, Root
-
-from ckpt.storage.data_file import Chunk, WrittenFile
-from ckpt.storage.files import Files
-from ckpt.storage.publish import Folder, publish, write_pages
 
 FILE_CHUNKS = 200_000
 """Chunks per data file; more would not fit the header of a safetensors file."""

@@ -1,8 +1,9 @@
 """Who writes what: replicated boxes once, balanced by bytes.
 
-Every rank describes what it holds (names, shapes, boxes; no bytes). Rank 0 checks that the descriptions agree and that the
-boxes cover every tensor, and gives each box to one of the ranks that hold it. A plan depends on the descriptions alone, so
-it is kept for as long as they stay the same. Knows no files and no processes: descriptions in, assignments out.
+Every rank describes what it holds (names, shapes, boxes; no bytes). Rank 0 checks that the descriptions agree and that
+the boxes cover every tensor, and gives each box to one of the ranks that hold it. A plan depends on the descriptions
+alone, so it is kept for as long as they stay the same. Knows no files and no processes: descriptions in, assignments
+out.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from ckpt_formats.dtypes import dtype as dtype_named
-from ckpt_formats.errors import CoverageError, StateError
-from ckpt_formats.geometry import Box, check_cover
 
 from ckpt.state import LocalState
 from ckpt.state.torch_dtypes import dtype_of
+from ckpt_formats.dtypes import dtype as dtype_named
+from ckpt_formats.errors import CoverageError, StateError
+from ckpt_formats.geometry import Box, check_cover
 
 SPLIT = 16 << 20
 """A replicated box is cut into parts of at least so many bytes, so that its owners share the writing."""
@@ -60,10 +62,15 @@ class Plan:
 
 
 def describe(state: LocalState) -> bytes:
-    """What a rank holds, as bytes that are equal exactly when plans are. Raises StateError for names that can't be stored."""
+    """What a rank holds, as bytes that are equal exactly when plans are.
+
+    Raises StateError for names that can't be stored.
+    """
     for name in state.tensors:
         if not name or not _is_text(name):
-            raise StateError(f"a tensor can't be named {name!r}; give it a non-empty name that is valid Unicode", tensor=name)
+            raise StateError(
+                f"a tensor can't be named {name!r}; give it a non-empty name that is valid Unicode", tensor=name
+            )
     cuts: dict[tuple[Any, str], int] = {}
     tensors = [
         [
@@ -201,7 +208,7 @@ def _split(box: Box, nbytes: int, owners: int) -> list[Box]:
             (*box.offsets[:dim], box.offsets[dim] + low, *box.offsets[dim + 1 :]),
             (*box.sizes[:dim], high - low, *box.sizes[dim + 1 :]),
         )
-        for low, high in zip(cuts, cuts[1:], strict=False)
+        for low, high in pairwise(cuts)
     ]
 
 
@@ -254,5 +261,3 @@ def decode_assignment(data: bytes) -> list[Assigned]:
         Assigned(tensor, piece, Box(tuple(offsets), tuple(sizes)))
         for tensor, piece, (offsets, sizes) in json.loads(data)
     ]
-
-

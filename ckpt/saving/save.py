@@ -15,14 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from ckpt_formats.digest import hexdigest
-from ckpt_formats.dtypes import dtype as dtype_named
-from ckpt_formats.errors import CheckpointError, SaveFailedError, StateError
-from ckpt_formats.geometry import Box
-from ckpt_formats.manifest import BLOB_PREFIX, rank_blob
-from ckpt_formats.native import names
-from ckpt_formats.values import encode
-
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.phases import Phases
 from ckpt.provenance import provenance
@@ -36,6 +28,13 @@ from ckpt.state.torch_dtypes import dtype_of
 from ckpt.storage.data_file import Chunk, Staging, write_data_file
 from ckpt.storage.files import Files
 from ckpt.storage.publish import Folder, discard, prepare_folder, require_free
+from ckpt_formats.digest import hexdigest
+from ckpt_formats.dtypes import dtype as dtype_named
+from ckpt_formats.errors import CheckpointError, SaveFailedError, StateError
+from ckpt_formats.geometry import Box
+from ckpt_formats.manifest import BLOB_PREFIX, rank_blob
+from ckpt_formats.native import names
+from ckpt_formats.values import encode
 
 PLANS = 4
 """Plans that are kept for the next save: more than one, for states that are saved in turns."""
@@ -159,7 +158,7 @@ class _Attempt:
                 "blobs": {name: len(data) for name, data in self._blobs.items()},
             }
             return local, description, _json(hello), None
-        except Exception as error:  # whatever it is, it travels to the other ranks
+        except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
             return LocalState(), b"", b"", error
 
     def _keep(self, data: bytes) -> str:
@@ -221,9 +220,7 @@ class _Attempt:
             chunks = _chunks(local, assignment)
             for name, data in self._blobs.items():
                 if writers[name] == rank:
-                    chunks.append(
-                        Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data))
-                    )
+                    chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
             written = [
                 write_data_file(
                     self._saver.files, self._path, names.data_path(rank, number, attempt), some, self._saver.staging
@@ -231,12 +228,13 @@ class _Attempt:
                 for number, some in enumerate(split_files(chunks))
             ]
             return Part(written, [[chunk.name for chunk in some] for some in split_files(chunks)]).encode(), None
-        except Exception as error:  # whatever it is, it travels to the other ranks
+        except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
             return b"", _explain(error, self._path, rank)
 
     def _finish(self, plan: Plan | None, payloads: list[bytes]) -> bytes:
         """On rank 0: commit what everybody wrote."""
-        assert plan is not None and self._folder is not None
+        if plan is None or self._folder is None:
+            raise AssertionError("only rank 0, which planned, commits")
         parts = [Part.decode(payload) for payload in payloads]
         tensors: dict[str, tuple[str, tuple[int, ...], int | None]] = dict(plan.tensors)
         tensors.update({name: ("uint8", (size,), None) for name, size in self._blob_sizes.items()})
@@ -275,8 +273,8 @@ def _explain(error: Exception, path: str, rank: int) -> Exception:
     if not isinstance(error, OSError) or isinstance(error, CheckpointError):
         return error
     failed = SaveFailedError(
-        f"{path}: rank {rank} could not write ({error.strerror or error}); nothing was committed and earlier checkpoints "
-        "are untouched. Free space or choose another place, then save again",
+        f"{path}: rank {rank} could not write ({error.strerror or error}); nothing was committed and earlier "
+        "checkpoints are untouched. Free space or choose another place, then save again",
         path=path,
         rank=rank,
     )

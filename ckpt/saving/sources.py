@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from ckpt_formats.geometry import flat_boxes
 
 from ckpt.state.torch_dtypes import as_carrier, bytes_view
+from ckpt_formats.geometry import flat_boxes
 
 
 class TensorSource:

@@ -17,8 +17,8 @@ Encoded = Mapping[str, Any]
 def merge_values(parts: Sequence[Encoded], entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Join the values of all ranks, given as path -> encoded value in rank order.
 
-    A path that several ranks have must have the same value on all of them. The parameter groups of an optimizer are joined
-    by parameter: ranks that hold different stages of a model have different ones.
+    A path that several ranks have must have the same value on all of them. The parameter groups of an optimizer are
+    joined by parameter: ranks that hold different stages of a model have different ones.
 
     Raises:
         ValuesDifferError: a value differs between two ranks; the message names the path within it.

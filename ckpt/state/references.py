@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt.state.types import Disassembled, PerRankRef, TensorRef
 from ckpt_formats.errors import FormatError
 from ckpt_formats.values import JsonValue, decode, encode
-
-from ckpt.state.types import Disassembled, PerRankRef, TensorRef
 
 TENSOR = "tensor"
 PER_RANK = "per_rank"

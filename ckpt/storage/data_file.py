@@ -1,4 +1,4 @@
-"""Writing one data file: chunks laid out, copied through aligned staging buffers, digested on the way, written directly.
+"""Writing one data file: chunks laid out, copied through aligned buffers, digested on the way, written directly.
 
 The bytes are hashed block by block right after they were copied, while the cache has them; full buffers are written by
 threads in the meantime. Knows no ranks and no manifest: it returns the rows that go to the index.
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from ckpt.storage.files import ALIGNMENT, File, Files
 from ckpt_formats.digest import BLOCK_SIZE, Hasher, as_rows, combine, digest, hexdigest
 from ckpt_formats.dtypes import DType
 from ckpt_formats.geometry import Box
 from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.names import chunk_key
 from ckpt_formats.safetensors_file import FileLayout, lay_out
-
-from ckpt.storage.files import ALIGNMENT, File, Files
 
 BUFFER = 8 << 20
 """Bytes of one staging buffer, and of one write."""
@@ -112,7 +112,7 @@ def layout_of(chunks: Sequence[Chunk]) -> FileLayout:
 
 
 def write_data_file(files: Files, folder: str, path: str, chunks: Sequence[Chunk], staging: Staging) -> WrittenFile:
-    """Write chunks as the file `path` in a checkpoint's `folder` and sync it (the folder's entry is the caller's to sync).
+    """Write chunks as the file `path` in a checkpoint's `folder` and sync it; the folder is the caller's to sync.
 
     Raises:
         OSError: writing failed; the file may be there in part, and nothing refers to it.
@@ -227,7 +227,9 @@ def _write_chunks(stream: _Stream, layout: FileLayout, chunks: Sequence[Chunk]) 
         at = start + nbytes
     ndim = max((len(chunk.box.sizes) for chunk in chunks), default=1) or 1
     return IndexRows(
-        offset=np.array([c.box.offsets + (0,) * (ndim - len(c.box.offsets)) for c in chunks], np.int64).reshape(-1, ndim),
+        offset=np.array([c.box.offsets + (0,) * (ndim - len(c.box.offsets)) for c in chunks], np.int64).reshape(
+            -1, ndim
+        ),
         size=np.array([c.box.sizes + (1,) * (ndim - len(c.box.sizes)) for c in chunks], np.int64).reshape(-1, ndim),
         file=np.zeros(len(chunks), np.int64),
         start=np.array(layout.starts, np.int64),

@@ -1,7 +1,7 @@
 """Every change that a save makes to a file system, through one small object.
 
-So that direct I/O, syncing and exclusive publishing are decided in one place, and a test can count, fail, record or kill
-at each of them. Knows no checkpoints.
+So that direct I/O, syncing and exclusive publishing are decided in one place, and a test can count, fail, record or
+kill at each of them. Knows no checkpoints.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from types import TracebackType
+from typing import Self
 
 ALIGNMENT = 4096
 """What O_DIRECT needs of positions, lengths and memory addresses on every file system we know."""
@@ -54,7 +55,7 @@ class File:
             os.close(self._fd)
             self._fd = -1
 
-    def __enter__(self) -> File:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from ckpt.storage.files import Files
 from ckpt_formats.digest import BLOCK_SIZE, block_digests
 from ckpt_formats.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, SaveFailedError
 from ckpt_formats.native import index, names
 from ckpt_formats.native.index import PAGE_ROWS, IndexRows
 from ckpt_formats.native.reader import read_root
 from ckpt_formats.native.root import PageFile, Root, encode
-
-from ckpt.storage.files import Files
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,8 @@ def publish(files: Files, folder: Folder, root: Root) -> None:
 def discard(files: Files, folder: Folder, attempt: str) -> None:
     """Remove what an attempt that failed has left behind, as far as the file system lets us.
 
-    An attempt may fail after its commit (the last sync of the folder, say): then its files are a checkpoint's, and stay.
+    An attempt may fail after its commit (the last sync of the folder, say): then its files are a checkpoint's, and
+    stay.
     """
     try:
         committed = read_root(folder.path).attempt == attempt

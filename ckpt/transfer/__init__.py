@@ -1,0 +1,1 @@
+"""From checkpoint to checkpoint, streaming: loading's reading and saving's writing."""

@@ -1,7 +1,8 @@
 """Resharding: a checkpoint cut anew for another mesh, without processes, streaming, in bounded memory.
 
 Loading needs no resharding: any cut loads into any other. What this buys is that the bytes of each target rank lie
-together, in a file of its own, so that loading them again and again reads long runs. What is read is verified on the way.
+together, in a file of its own, so that loading them again and again reads long runs. What is read is verified on the
+way.
 """
 
 from __future__ import annotations
@@ -13,6 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from ckpt.phases import Phases
+from ckpt.provenance import provenance
+from ckpt.saving.commit import Contents, Part, commit, split_files
+from ckpt.storage.data_file import Chunk, Staging, write_data_file
+from ckpt.storage.files import Files
+from ckpt.storage.publish import discard, prepare_folder
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.dtypes import DType
 from ckpt_formats.errors import CheckpointError, SaveFailedError
@@ -21,13 +29,6 @@ from ckpt_formats.layout import Cuts, Layout, Mesh, boxes, cut_words
 from ckpt_formats.manifest import RESERVED_PREFIX, Manifest
 from ckpt_formats.native import names
 from ckpt_formats.reading import Request
-
-from ckpt.phases import Phases
-from ckpt.provenance import provenance
-from ckpt.saving.commit import Contents, Part, commit, split_files
-from ckpt.storage.data_file import Chunk, Staging, write_data_file
-from ckpt.storage.files import Files
-from ckpt.storage.publish import discard, prepare_folder
 
 WINDOW = 16 << 20
 """Bytes of a chunk that are read from the source at once."""
@@ -226,9 +227,7 @@ def _contents(manifest: Manifest, mesh: Mesh, cuts: Mapping[str, Cuts]) -> Conte
 class _BoxSource:
     """The elements of a box of the source checkpoint in row-major order, read a window at a time."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, name: str, box: Box, dtype: DType, count: Callable[[int], None]
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, box: Box, dtype: DType, count: Callable[[int], None]) -> None:
         self._checkpoint = checkpoint
         self._name = name
         self._box = box
@@ -258,4 +257,4 @@ class _BoxSource:
             at += part.numel
         self._checkpoint.read(requests)
         self._start = start
-        self._window = memoryview(flat.view(np.uint8))
+        self._window = flat.view(np.uint8).data

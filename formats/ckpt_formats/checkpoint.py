@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import EllipsisType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from ckpt_formats.native.reader import open_native
 from ckpt_formats.reading import Reader, ReadStats, Request
 
 Index = int | slice | EllipsisType
+Leaves = Mapping[str, Callable[[Any, str], object]]
 Wrap = Callable[[AnyArray, DType], Any]
 
 
@@ -127,9 +128,11 @@ class Checkpoint:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Path -> value: everything that is not a tensor. Types that only torch knows come as `values.Opaque` without it."""
+        """Path -> value: everything that is not a tensor. What only torch knows comes as `values.Opaque` without it."""
         if self._values is None:
-            self._values = {path: self.decode(encoded, path, lenient=True) for path, encoded in self.manifest.values.items()}
+            self._values = {
+                path: self.decode(encoded, path, lenient=True) for path, encoded in self.manifest.values.items()
+            }
         return self._values
 
     def per_rank(self, rank: int) -> dict[str, Any]:
@@ -156,7 +159,7 @@ class Checkpoint:
         self.reader.read([Request(name, Box.whole(meta.shape), array)])
         return array.tobytes()
 
-    def decode(self, encoded: Any, path: str, *, lenient: bool = False, leaf: values.DecodeLeaf | None = None) -> Any:
+    def decode(self, encoded: Any, path: str, *, lenient: bool = False, leaf: Leaves | None = None) -> Any:
         """A value of the manifest from its encoded form; large payloads are fetched from where they lie."""
         return values.decode(encoded, path, blob=self._referred, lenient=lenient, leaf=leaf)
 
@@ -173,7 +176,7 @@ class Checkpoint:
         """Close the files that are open. Reading after that opens them again."""
         self.locations.close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -217,7 +220,9 @@ def _bounding_box(shape: tuple[int, ...], index: tuple[Index, ...]) -> tuple[Box
         else:
             raise IndexError(f"a tensor of a checkpoint is indexed by integers, slices and '...', not {part!r}")
     parts.extend([slice(None)] * (len(shape) - len(parts)))
-    offsets, sizes, rest = [], [], []
+    offsets: list[int] = []
+    sizes: list[int] = []
+    rest: list[int | slice] = []
     for dim, (part, extent) in enumerate(zip(parts, shape, strict=True)):
         if isinstance(part, int):
             at = part + extent if part < 0 else part

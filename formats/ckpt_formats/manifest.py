@@ -137,7 +137,8 @@ class Manifest:
         """
         meta = self.tensors.get(self.aliases.get(name, name))
         if meta is None:
-            raise MissingTensorError(f"{self.path} has no tensor {name!r}{self._hint(name)}", path=self.path, tensor=name)
+            why = f"{self.path} has no tensor {name!r}{self._hint(name)}"
+            raise MissingTensorError(why, path=self.path, tensor=name)
         return meta
 
     def _hint(self, name: str) -> str:

@@ -29,7 +29,7 @@ from ckpt_formats.digest import digest
 from ckpt_formats.errors import CheckpointError, CorruptionError
 from ckpt_formats.geometry import Box, flat_boxes, flat_hull, intersect_rows
 from ckpt_formats.locations import LocationMap, Places
-from ckpt_formats.manifest import ChunkRows, Manifest, TensorMeta
+from ckpt_formats.manifest import Manifest, TensorMeta
 
 SPAN = 8 << 20
 """Bytes read at once, and the size of each thread's staging buffer."""
@@ -74,7 +74,7 @@ class _Piece(NamedTuple):
     """Position of `start` within the chunk, in bytes; a multiple of the block size."""
     chunk: Box
     wanted: Box | None
-    """The wanted part of the chunk in global coordinates; None for all of it, in which case `into` has the chunk's shape."""
+    """The wanted part of the chunk in global coordinates; None for all of it, and then `into` has the chunk's shape."""
     into: AnyArray
     origin: tuple[int, ...]
     """Global coordinates of into[0, …, 0]."""
@@ -96,8 +96,8 @@ class Reader:
             threads: how many to read with; default one per CPU, at most 4.
 
         Raises:
-            MissingTensorError, CoverageError, CorruptionError, UnknownCodecError: as their names say. Arrays may have been
-                filled in part by then.
+            MissingTensorError, CoverageError, CorruptionError, UnknownCodecError: as their names say. Arrays may have
+                been filled in part by then.
         """
         stats = ReadStats()
         direct: list[_Piece] = []
@@ -133,7 +133,7 @@ class Reader:
         return stats
 
     def require(self, name: str) -> TensorMeta:
-        """Check what a tensor claims, before anybody allocates for it: its chunks cover it, and their files are that large.
+        """Check what a tensor claims before anybody allocates for it: its chunks cover it, in files that large.
 
         Raises:
             MissingTensorError, CoverageError, CorruptionError: as their names say.
@@ -150,7 +150,7 @@ class Reader:
     def _table(self, page: int) -> _PageTable:
         table = self._places.get(page)
         if table is None:
-            table = self._places[page] = _PageTable(self._manifest.page(page), self._locations.places(page))
+            table = self._places[page] = _PageTable(self._locations.places(page))
         return table
 
     def _plan(self, request: Request, direct: list[_Piece], staged: list[_Piece]) -> None:
@@ -203,7 +203,9 @@ class Reader:
                 for first in range(0, length, SPAN):
                     last = min(first + SPAN, length)
                     run = flat[first // itemsize : last // itemsize]
-                    direct.append(_Piece(source, start + first, start + last, meta, row, first, chunk, None, run, origin))
+                    direct.append(
+                        _Piece(source, start + first, start + last, meta, row, first, chunk, None, run, origin)
+                    )
                 return
         for first, last in _needed(meta, chunk, part, length, block_size):
             staged.append(_Piece(source, start + first, start + last, meta, row, first, chunk, part, into, origin))
@@ -293,8 +295,8 @@ class Reader:
         name = self._locations.sources[source].name
         at = piece.start - piece.first + start
         return CorruptionError(
-            f"{name}: bytes {at} to {at + length}, in tensor {piece.meta.name!r} {piece.chunk}, do not fit their checksum: "
-            "the file is damaged; restore it or use another checkpoint (`ckpt verify` lists all damage)",
+            f"{name}: bytes {at} to {at + length}, in tensor {piece.meta.name!r} {piece.chunk}, do not fit their "
+            "checksum: the file is damaged; restore it or use another checkpoint (`ckpt verify` lists all damage)",
             path=name,
             tensor=piece.meta.name,
         )
@@ -303,7 +305,7 @@ class Reader:
 class _PageTable:
     """The first places of a page's chunks as plain lists: indexing a list costs a tenth of indexing an array."""
 
-    def __init__(self, chunks: ChunkRows, alternatives: Sequence[Places]) -> None:
+    def __init__(self, alternatives: Sequence[Places]) -> None:
         places = alternatives[0]
         self.source: list[int] = places.source.tolist()
         self.start: list[int] = places.start.tolist()
@@ -366,7 +368,7 @@ def _needed(meta: TensorMeta, chunk: Box, part: Box, length: int, block_size: in
 
 def _bytes_of(array: AnyArray) -> memoryview:
     """The bytes of a contiguous array, writable."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _scatter(piece: _Piece, data: memoryview) -> None:

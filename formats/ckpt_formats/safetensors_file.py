@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from json.encoder import encode_basestring_ascii  # type: ignore[attr-defined]
-from typing import Any
+from json.encoder import encode_basestring_ascii
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -25,7 +25,7 @@ MAX_HEADER = 100_000_000
 """The safetensors library refuses longer headers, and so do we."""
 PAD_PREFIX = "__pad__"
 
-_COLUMN_DTYPES = {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+_COLUMN_DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Entry:
     stop: int
 
 
-def is_index(value: object) -> bool:
+def is_index(value: object) -> TypeGuard[int]:
     """Whether a JSON value is a non-negative integer that fits 63 bits (bool is not one)."""
     return type(value) is int and 0 <= value < 1 << 63
 

@@ -1,0 +1,1 @@
+"""The native format, version 1. docs/format.md specifies it."""

@@ -141,7 +141,7 @@ def take(rows: IndexRows, order: Int64Array) -> IndexRows:
 
 
 def block_counts(rows: IndexRows) -> Int64Array:
-    """How many rows of block_digest each chunk has: up to where the next chunk's begin. For rows as a writer made them."""
+    """How many rows of block_digest each chunk has: up to where the next chunk's begin; for rows that a writer made."""
     has = rows.block >= 0
     counts = np.zeros(len(rows), dtype=np.int64)
     order = np.flatnonzero(has)[np.argsort(rows.block[has], kind="stable")]

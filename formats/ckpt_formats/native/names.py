@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import TypeGuard
 
 from ckpt_formats.geometry import Box
 from ckpt_formats.safetensors_file import PAD_PREFIX
@@ -35,7 +36,7 @@ def index_path(page: int, attempt: str) -> str:
     return f"{INDEX}/{page:03d}-{attempt}.safetensors"
 
 
-def is_safe(path: object, folder: str) -> bool:
+def is_safe(path: object, folder: str) -> TypeGuard[str]:
     """Whether a path from a file stays in `folder` of its checkpoint: relative, plain parts, one level deep."""
     if not isinstance(path, str):
         return False
@@ -50,7 +51,7 @@ def is_safe(path: object, folder: str) -> bool:
 
 
 def chunk_key(name: str, box: Box, shape: tuple[int, ...]) -> str:
-    """The key of a chunk in its data file: the tensor's name if it is whole and that can't be misread, else with the box."""
+    """The key of a chunk in its data file: the tensor's name if it is whole and can't be misread, else with the box."""
     if box.sizes == shape and not name.endswith("]") and not name.startswith((PAD_PREFIX, "__metadata__")):
         return name
     return f"{name}{box}"

@@ -51,13 +51,11 @@ def _why_not_found(path: str) -> str:
     if inside:
         return f"{path} is not a checkpoint itself, but holds some: {', '.join(inside[-3:])}; name one of them"
     if os.path.isdir(os.path.join(path, names.DATA)):
-        return f"{path} has no {names.MANIFEST}: its save was never committed, so it is not a checkpoint; use an earlier one"
+        return f"{path} has no {names.MANIFEST}: its save was never committed; use an earlier checkpoint"
     return f"{path} has no {names.MANIFEST}: no checkpoint in this format lies there; check the path"
 
 
-def open_native(
-    path: str, open_source: Callable[[str], ByteSource] = LocalFile
-) -> tuple[Manifest, LocationMap, Root]:
+def open_native(path: str, open_source: Callable[[str], ByteSource] = LocalFile) -> tuple[Manifest, LocationMap, Root]:
     """Open the native checkpoint in folder `path`, reading only its root.
 
     Sizes of the files that the root lists are checked when they are first read.
@@ -93,9 +91,7 @@ def open_native(
         page_count=len(root.pages),
         load_page=chunk_rows,
     )
-    sources = [
-        _SizedSource(open_source(os.path.join(path, file.path)), file.size) for file in root.files
-    ]
+    sources = [_SizedSource(open_source(os.path.join(path, file.path)), file.size) for file in root.files]
     return manifest, LocationMap(sources, root.codecs, places), root
 
 
@@ -168,7 +164,8 @@ def load_page(path: str, root: Root, number: int, open_source: Callable[[str], B
 def _check_rows(rows: IndexRows, root: Root, number: int, what: str) -> None:
     def fail(why: str, bad: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
         if bad.any():
-            raise FormatError(f"{what}: row {int(np.flatnonzero(bad)[0])}: {why}; the checkpoint was written wrongly", path=what)
+            row = int(np.flatnonzero(bad)[0])
+            raise FormatError(f"{what}: row {row}: {why}; the checkpoint was written wrongly", path=what)
 
     if len(rows) != root.pages[number].rows:
         raise FormatError(f"{what}: has {len(rows)} rows, but the manifest says {root.pages[number].rows}", path=what)

@@ -260,7 +260,7 @@ class _Checker:
             elif page or row:
                 self.fail(f"tensor {name!r} has no chunks but a place in the index")
             try:
-                dtype = dtype_named(item.get("dtype"))
+                dtype = dtype_named(str(item.get("dtype")))
             except UnknownDtypeError as error:
                 raise UnknownDtypeError(f"{self.path}: tensor {name!r}: {error}", path=self.path, tensor=name) from None
             tensors[name] = TensorMeta(name, dtype, tuple(shape), page, row, rows, cut)

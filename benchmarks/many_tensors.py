@@ -1,0 +1,156 @@
+"""Saves and loads a state of many small tensors, where not bytes but the cost of each tensor counts.
+
+    python -m benchmarks.many_tensors [--quick] [--json FILE]
+
+One process. Saves count until everything is durable, loads until the bytes are in tensors that were there before.
+README.md in this folder has the method.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+
+from benchmarks.interleave import Interleaving, Measure, System
+from benchmarks.ranks import Group, run_ranks
+from benchmarks.raw_io import RawMemory, can_write_directly, raw_system
+from benchmarks.report import (
+    Section,
+    Yardstick,
+    consoles,
+    machine,
+    print_progress,
+    show,
+    show_machine,
+    show_verdict,
+    write_json,
+)
+from benchmarks.state import many_parameters, many_tensors
+from benchmarks.systems import CKPT, ckpt_system, dcp_system, safetensors_system, torch_save_system
+
+_TENSOR_BYTES = 1024
+_ELEMENTS = _TENSOR_BYTES // 4
+
+_TARGET_US = 25.0
+"""The most that this project may take for each tensor, in microseconds."""
+
+_MODULE = f"{CKPT}, module"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What was asked for."""
+
+    tensors: int
+    folder: Path
+    repetitions: int
+    settle: float
+    """Seconds of rest after each sync."""
+    seed: int
+    only: tuple[str, ...]
+    """Systems to run; all when empty."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensors * _TENSOR_BYTES
+
+
+def rank_main(group: Group, asked: Parameters) -> list[Measure]:
+    """What the process runs: every system on a flat dict, and this project on a module too."""
+    group.say(f"making {asked.tensors} tensors of 1 KiB, and a module of as many")
+    flat = many_tensors(asked.tensors, _ELEMENTS, seed=asked.seed)
+    module, parameters = many_parameters(asked.tensors, _ELEMENTS, seed=asked.seed)
+    memory = RawMemory(flat.local_nbytes, asked.seed)
+    systems: list[System] = [
+        raw_system(group, memory, direct=can_write_directly(asked.folder)),
+        torch_save_system(group, flat),
+        safetensors_system(group, flat),
+        dcp_system(group, flat),
+        ckpt_system({"w": dict(flat.tensors)}, flat, setting="flat dict"),
+        ckpt_system({"model": module}, parameters, name=_MODULE, setting="module"),
+    ]
+    if asked.only:
+        systems = [system for system in systems if system.name in asked.only]
+    interleaving = Interleaving(group, systems, asked.folder, settle=asked.settle, seed=asked.seed)
+    return interleaving.run(asked.repetitions)
+
+
+def sections(asked: Parameters, measures: Sequence[Measure]) -> list[Section]:
+    per_tensor = Yardstick("us/tensor", lambda measure: [1e6 * s / asked.tensors for s in measure.seconds])
+    what = {"save": "Save, until durable", "load": "Load, files cached"}
+    return [
+        Section(
+            title=f"{title}: 1 process, {asked.tensors} tensors of 1 KiB",
+            measures=[measure for measure in measures if measure.phase == phase],
+            nbytes=asked.nbytes,
+            yardstick=per_tensor,
+            targets={CKPT: _TARGET_US, _MODULE: _TARGET_US},
+            notes=["raw: as many bytes in one piece"],
+        )
+        for phase, title in what.items()
+    ]
+
+
+@click.command()
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path(".bench"),
+    show_default=True,
+    help="Where the files go: it decides which disk is measured.",
+)
+@click.option("--tensors", type=click.IntRange(1), default=20_000, show_default=True)
+@click.option("--repetitions", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--settle", type=float, default=0.3, show_default=True, help="Seconds of rest after each sync.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the contents and of the order.")
+@click.option("--only", multiple=True, metavar="SYSTEM", help="Run only this system; repeatable.")
+@click.option("--quick", is_flag=True, help="5,000 tensors, 3 repetitions: to see that it runs, not for figures.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every time here.")
+def main(
+    folder: Path,
+    tensors: int,
+    repetitions: int,
+    settle: float,
+    seed: int,
+    only: tuple[str, ...],
+    quick: bool,
+    json_path: Path | None,
+) -> None:
+    """Save and load many small tensors: raw I/O, torch.save, safetensors, torch DCP and ckpt, interleaved."""
+    if quick:
+        tensors, repetitions = 5_000, 3
+    scratch = folder.absolute() / "many_tensors"
+    asked = Parameters(tensors, scratch, repetitions, settle, seed, only)
+    console, progress = consoles()
+    facts = machine()
+    show_machine(console, facts)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        measures = run_ranks(rank_main, 1, asked, say=partial(print_progress, progress, 1))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    tables = sections(asked, measures)
+    for section in tables:
+        show(console, section)
+    show_verdict(console, tables)
+    if json_path is not None:
+        parameters = {
+            "processes": [1],
+            "tensors": tensors,
+            "bytes": asked.nbytes,
+            "tensor_bytes": _TENSOR_BYTES,
+            "repetitions": repetitions,
+            "settle_s": settle,
+            "seed": seed,
+        }
+        write_json(json_path, "many_tensors", parameters, facts, tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""What the server that benchmark processes are forked from imports before the first of them; holds no code."""
+
+import safetensors.torch
+import torch
+import torch.distributed.checkpoint
+import torch.distributed.tensor
+
+import ckpt
+
+__all__ = ["ckpt", "safetensors", "torch"]

@@ -1,0 +1,191 @@
+"""Saves and loads a model of large tensors, in one process and in four, against the raw limit and against peers.
+
+    python -m benchmarks.save_load [--quick] [--json FILE]
+
+Saves count until everything is durable, loads until every byte is in tensors that were there before, with the files in
+the page cache. README.md in this folder has the method.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+
+from benchmarks.interleave import Interleaving, Measure, System, fastest
+from benchmarks.ranks import Group, run_ranks
+from benchmarks.raw_io import RAW, RawMemory, can_write_directly, raw_system
+from benchmarks.report import (
+    Section,
+    Yardstick,
+    consoles,
+    machine,
+    print_progress,
+    show,
+    show_machine,
+    show_verdict,
+    write_json,
+)
+from benchmarks.state import NamedTensors, sharded_tensors
+from benchmarks.systems import CKPT, ckpt_system, dcp_system, safetensors_system, torch_save_system
+
+_SHAPE = (2048, 2048)
+"""Of each tensor: 16 MiB of fp32."""
+
+_TENSOR_BYTES = 16 << 20
+
+_TARGETS = {"save": 1.2, "load": 1.5}
+"""The most that this project may take, as a ratio to the raw limit."""
+
+_LIMIT_OF = {"save": "save", "load": "load", "load, other cut": "load"}
+"""Which raw limit each phase is told by: whatever the cut, a rank reads as many bytes."""
+
+_WHAT = {
+    "save": "Save, until durable",
+    "load": "Load of the same cut, files cached",
+    "load, other cut": "Load of rows into columns, files cached (for information)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What was asked for."""
+
+    tensors: int
+    folder: Path
+    repetitions: int
+    settle: float
+    """Seconds of rest after each sync."""
+    seed: int
+    only: tuple[str, ...]
+    """Systems to run beside the raw limit; all when empty."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensors * _TENSOR_BYTES
+
+
+def rank_main(group: Group, asked: Parameters) -> list[Measure]:
+    """What each rank runs: its part of the state, and every system on it."""
+    group.say(f"filling {asked.tensors} tensors of 16 MiB")
+    cuts = (0, 1) if group.size > 1 else (0,)
+    state, *others = sharded_tensors(group, asked.tensors, _SHAPE, seed=asked.seed, dimensions=cuts)
+    columns = others[0] if others else None
+    direct = can_write_directly(asked.folder)
+    if not direct:
+        group.say("this file system refuses O_DIRECT: the raw limit is of buffered writing only")
+    memory = RawMemory(state.local_nbytes, asked.seed + group.rank)
+    systems = _systems(group, state, columns, raw_system(group, memory, direct=direct))
+    if asked.only:
+        systems = [system for system in systems if system.name in (RAW, *asked.only)]
+    interleaving = Interleaving(group, systems, asked.folder, settle=asked.settle, seed=asked.seed)
+    return interleaving.run(asked.repetitions)
+
+
+def _systems(group: Group, state: NamedTensors, columns: NamedTensors | None, raw: System) -> list[System]:
+    return [
+        raw,
+        torch_save_system(group, state),
+        safetensors_system(group, state),
+        dcp_system(group, state, columns),
+        ckpt_system({"model": dict(state.tensors)}, state, other_cut=columns),
+    ]
+
+
+def sections(processes: int, nbytes: int, measures: Sequence[Measure]) -> list[Section]:
+    """The tables of one run, a table per phase, each beside the raw limit's."""
+    raw = {phase: [m for m in measures if m.system == RAW and m.phase == phase] for phase in ("save", "load")}
+    result = []
+    for phase, limiting in _LIMIT_OF.items():
+        shown = [m for m in measures if m.phase == phase]
+        if not shown:
+            continue
+        limit = fastest(raw[limiting])
+        where = "1 process" if processes == 1 else f"{processes} processes"
+        notes = [f"raw limit: {limit.setting}" + (f", {processes} at once" if processes > 1 else "")]
+        if len({m.setting for m in shown if m.system == limit.system}) > 1:
+            notes[0] += ", which had the least median"
+        result.append(
+            Section(
+                title=f"{_WHAT[phase]}: {where}, {nbytes / 2**30:g} GiB",
+                measures=shown,
+                nbytes=nbytes,
+                yardstick=Yardstick("x raw", _ratio_to(limit)),
+                targets={CKPT: _TARGETS[phase]} if phase in _TARGETS else {},
+                notes=notes,
+            )
+        )
+    return result
+
+
+def _ratio_to(limit: Measure) -> Callable[[Measure], list[float]]:
+    # Repetition by repetition: a moment in which the disk was slow was slow for both.
+    return lambda measure: [ours / raw for ours, raw in zip(measure.seconds, limit.seconds, strict=True)]
+
+
+@click.command()
+@click.option(
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path(".bench"),
+    show_default=True,
+    help="Where the files go: it decides which disk is measured.",
+)
+@click.option("--processes", type=click.IntRange(1), multiple=True, default=(1, 4), show_default=True)
+@click.option("--size", type=click.IntRange(64), default=1024, show_default=True, help="MiB, in tensors of 16 MiB.")
+@click.option("--repetitions", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--settle", type=float, default=0.3, show_default=True, help="Seconds of rest after each sync.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the contents and of the order.")
+@click.option("--only", multiple=True, metavar="SYSTEM", help="Run only this system, and the raw limit; repeatable.")
+@click.option("--quick", is_flag=True, help="256 MiB, 3 repetitions: to see that it runs, not for figures.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every time here.")
+def main(
+    folder: Path,
+    processes: tuple[int, ...],
+    size: int,
+    repetitions: int,
+    settle: float,
+    seed: int,
+    only: tuple[str, ...],
+    quick: bool,
+    json_path: Path | None,
+) -> None:
+    """Save and load large tensors: raw I/O, torch.save, safetensors, torch DCP and ckpt, interleaved."""
+    if quick:
+        size, repetitions = 256, 3
+    scratch = folder.absolute() / "save_load"
+    asked = Parameters(size * 2**20 // _TENSOR_BYTES, scratch, repetitions, settle, seed, only)
+    console, progress = consoles()
+    facts = machine()
+    show_machine(console, facts)
+    tables: list[Section] = []
+    try:
+        for number in processes:
+            scratch.mkdir(parents=True, exist_ok=True)
+            measures = run_ranks(rank_main, number, asked, say=partial(print_progress, progress, number))
+            fresh = sections(number, asked.nbytes, measures)
+            for section in fresh:
+                show(console, section)
+            tables += fresh
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    show_verdict(console, tables)
+    if json_path is not None:
+        parameters = {
+            "processes": list(processes),
+            "bytes": asked.nbytes,
+            "tensor_bytes": _TENSOR_BYTES,
+            "repetitions": repetitions,
+            "settle_s": settle,
+            "seed": seed,
+        }
+        write_json(json_path, "save_load", parameters, facts, tables)
+
+
+if __name__ == "__main__":
+    main()

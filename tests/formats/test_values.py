@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from enum import Enum, IntEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
@@ -26,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ckpt_formats.dtypes import DTYPES
 from ckpt_formats.errors import CheckpointError, FormatError, StateError, UnsupportedValueError
 from ckpt_formats.values import (
     MAX_DEPTH,
@@ -112,6 +114,9 @@ VALUES = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
         st.lists(inner, max_size=4).map(tuple),
+        st.lists(st.one_of(st.integers(), st.booleans()), min_size=9, max_size=12),
+        st.lists(st.integers(-(2**53), 2**53), min_size=9, max_size=12),
+        st.lists(st.floats(), min_size=9, max_size=12),
         st.dictionaries(st.one_of(TEXT, st.sampled_from(["$", "$x", "$int"])), inner, max_size=4),
         st.dictionaries(KEYS, inner, max_size=3),
         st.dictionaries(KEYS, inner, max_size=3).map(OrderedDict),
@@ -240,6 +245,17 @@ def test_the_encoding_is_the_documented_one() -> None:
         "$datetime": {"at": "2024-02-29T01:02:03.000004", "fold": 1, "zone": {"$timezone": [-18_000_000_000]}}
     }
     assert encode({"$a": "\ud800", "b": 1.0}, "x") == {"$$a": {"$str": "7aCA"}, "b": 1.0}
+
+
+def test_the_document_has_every_tag_every_dtype_and_a_true_example() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "values.md").read_text()
+    for tag in DECODERS:
+        if "." not in tag or tag.startswith("numpy."):
+            assert f"`${tag}`" in document
+    for name in DTYPES:
+        assert f"`{name}`" in document or name.strip("u").startswith("int")
+    example = {"lr": 0.1, "betas": (0.9, 1), "$seed": 2**64, "best": math.inf, "order": np.arange(2, dtype="<i8")}
+    assert json.loads(document.split("```json")[1].split("```")[0]) == encode(example, "x")
 
 
 def test_python_and_numpy_generators_come_back_exactly() -> None:

@@ -19,7 +19,19 @@ import numpy as np
 
 from ckpt_formats.errors import FormatError
 from ckpt_formats.values.numpy_values import array_dtype, array_of
-from ckpt_formats.values.tree import INDEX, KEY, MAX_DEPTH, ZONE, JsonValue, Where, brief, is_plain, path_of
+from ckpt_formats.values.tree import (
+    INDEX,
+    KEY,
+    MAX_DEPTH,
+    ZONE,
+    JsonValue,
+    Where,
+    are_plain,
+    brief,
+    have_plain_keys,
+    is_plain,
+    path_of,
+)
 
 __all__ = ["DECODERS", "CannotDecodeError", "Decoder", "Opaque", "decode"]
 
@@ -89,6 +101,8 @@ class Decoder:
         raise _malformed(where, f"{brief(encoded)} has to be written with a tag")
 
     def items(self, encoded: list[Any], where: Where, depth: int) -> list[Any]:
+        if len(encoded) > 8 and are_plain(encoded):
+            return list(encoded)
         depth += 1
         return [
             item if is_plain(item) else self.value(item, (where, INDEX, index, None), depth)
@@ -100,11 +114,13 @@ class Decoder:
             ((key, payload),) = encoded.items()
             if type(key) is str and key[:1] == "$" and key[:2] != "$$":
                 return self.tagged(key[1:], payload, where, depth)
+        if not have_plain_keys(encoded):
+            raise _malformed(where, "a key is not a string of Unicode characters")
         depth += 1
         members: dict[str, Any] = {}
         for key, item in encoded.items():
-            if type(key) is not str or not is_plain(key) or (key[:1] == "$" and key[:2] != "$$"):
-                raise _malformed(where, f"an object of {len(encoded)} members can't have the key {brief(key)}")
+            if key[:1] == "$" and key[:2] != "$$":
+                raise _malformed(where, f"an object of {len(encoded)} members can't have the tag {brief(key)}")
             name = key[1:] if key[:1] == "$" else key
             members[name] = item if is_plain(item) else self.value(item, (where, INDEX, name, None), depth)
         return members

@@ -5,7 +5,7 @@ from __future__ import annotations
 import binascii
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, datetime, time, timedelta, timezone
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -17,7 +17,19 @@ import numpy as np
 from ckpt_formats.errors import UnsupportedValueError
 from ckpt_formats.values.comparing import canonical
 from ckpt_formats.values.numpy_values import SCALAR_TYPES, array_bytes, dtype_name
-from ckpt_formats.values.tree import ELEMENT, INDEX, KEY, MAX_DEPTH, ZONE, JsonValue, Where, is_plain, path_of
+from ckpt_formats.values.tree import (
+    ELEMENT,
+    INDEX,
+    KEY,
+    MAX_DEPTH,
+    ZONE,
+    JsonValue,
+    Where,
+    are_plain,
+    have_plain_keys,
+    is_plain,
+    path_of,
+)
 
 __all__ = ["ENCODERS", "Encoder", "encode", "refused", "type_name"]
 
@@ -72,7 +84,9 @@ class Encoder:
             raise refused(where, f"{reason}: {_remedy(value)}")
         return encoded
 
-    def sequence(self, items: Iterable[Any], where: Where, depth: int) -> list[JsonValue]:
+    def sequence(self, items: Sequence[Any], where: Where, depth: int) -> list[JsonValue]:
+        if len(items) > 8 and are_plain(items):
+            return list(items)
         depth += 1
         encoded: list[JsonValue] = []
         for index, item in enumerate(items):
@@ -80,7 +94,7 @@ class Encoder:
         return encoded
 
     def mapping(self, items: dict[Any, Any], where: Where, depth: int) -> JsonValue:
-        if not all(type(key) is str and is_plain(key) for key in items):
+        if not have_plain_keys(items):
             return {"$dict": self.pairs(items, where, depth)}
         depth += 1
         encoded: dict[str, JsonValue] = {}

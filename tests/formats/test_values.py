@@ -54,7 +54,7 @@ ZONES = st.one_of(
     st.builds(timezone, st.timedeltas(timedelta(hours=-23), timedelta(hours=23)), TEXT),
 )
 ML_DTYPES = [np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu", "int4")]
-DTYPES = st.one_of(
+NUMPY_DTYPES = st.one_of(
     hnp.boolean_dtypes(),
     hnp.integer_dtypes(endianness="?"),
     hnp.unsigned_integer_dtypes(endianness="?"),
@@ -70,7 +70,7 @@ DTYPES = st.one_of(
 
 @st.composite
 def arrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
-    dtype = draw(DTYPES)
+    dtype = draw(NUMPY_DTYPES)
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3))
     size = math.prod(shape)
     if dtype.kind == "V" or dtype in ML_DTYPES:

@@ -68,12 +68,12 @@ class LocalState:
     """Name of a tied tensor -> the name under which its memory is in `tensors`."""
     values: dict[str, Any] = field(default_factory=dict)
     """Path -> value, with a `TensorRef` or `PerRankRef` where it held a tensor or a per-rank value. Equal on all ranks
-    that have the path, but for an optimizer's `param_groups`, see `merge_param_groups`."""
+    that have the path, but for an optimizer's `param_groups`: ranks with other parameters have other groups."""
     per_rank: dict[str, Any] = field(default_factory=dict)
     """Path -> value of this rank alone."""
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Top-level name -> `{"kind": …}`, one of module, optimizer, stateful, tensor, value, per_rank. An optimizer also
-    has `modules`, see `optimizers.Naming`."""
+    has `modules` and `local` (see optimizers.py), a value `flat` (see containers.py)."""
 
 
 class SavedTensor(NamedTuple):
@@ -120,7 +120,7 @@ class Shard:
         self.offsets = tuple(int(offset) for offset in offsets)
         sizes = tuple(local.shape)
         inside = len(sizes) == len(self.global_shape) == len(self.offsets) and all(
-            0 <= offset and offset + size <= whole
+            offset >= 0 and offset + size <= whole
             for offset, size, whole in zip(self.offsets, sizes, self.global_shape, strict=True)
         )
         if not inside:

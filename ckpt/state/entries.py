@@ -1,0 +1,102 @@
+"""The top level of a state: which of its things are of which kind, and where each is to be put back.
+
+Containers that hold modules, optimizers or other stateful objects (a list of pipeline chunks, say) are opened, and what
+is in them becomes entries of its own, named by the path to it. Knows nothing of tensors' memory or of checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ckpt.state.rng import RNG
+from ckpt.state.types import PerRank, Shard
+from ckpt_formats.errors import StateError
+from ckpt_formats.manifest import RESERVED_PREFIX
+
+__all__ = ["Entry", "entries_of", "python_paths"]
+
+
+class Entry(NamedTuple):
+    """One thing of a state that has a name of its own."""
+
+    key: str
+    kind: str
+    """module, optimizer, stateful, tensor, value or per_rank."""
+    value: Any
+    parent: Any
+    """The container it lies in, which a new value is put into."""
+    slot: Any
+    """Its key or index there."""
+
+
+def entries_of(state: Mapping[str, object]) -> list[Entry]:
+    """All entries, in the order of the state.
+
+    Raises StateError for names that are no strings, empty, or the format's own.
+    """
+    found: list[Entry] = []
+    for key, value in state.items():
+        if type(key) is not str or not key:
+            raise StateError(f"the state has the key {key!r}; it is the first part of names, so use a non-empty string")
+        if key.startswith(RESERVED_PREFIX.rstrip(".")):
+            raise StateError(
+                f"names that begin like {key!r} are the format's own; rename that key of the state", tensor=key
+            )
+        found += _open(key, value, state, key)
+    return found
+
+
+def _open(key: str, value: Any, parent: Any, slot: Any) -> Iterator[Entry]:
+    kind = _kind(value)
+    if kind != "value" or not _holds_stateful(value):
+        yield Entry(key, kind, value, parent, slot)
+        return
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _open(f"{key}.{name}", item, value, name)
+
+
+_known: dict[type, str] = {}
+
+
+def _kind(value: object) -> str:
+    kind = type(value)
+    name = _known.get(kind)
+    if name is None:
+        name = _known[kind] = _kind_of(kind)
+    return name
+
+
+def _kind_of(kind: type) -> str:
+    if issubclass(kind, torch.nn.Module):
+        return "module"
+    if issubclass(kind, torch.optim.Optimizer):
+        return "optimizer"
+    if issubclass(kind, torch.Tensor | Shard):
+        return "tensor"
+    if issubclass(kind, PerRank | RNG):
+        return "per_rank"
+    if callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None)):
+        return "stateful"
+    return "value"
+
+
+def _holds_stateful(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_stateful, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_stateful, value))
+    return _kind(value) in ("module", "optimizer", "stateful")
+
+
+def python_paths(value: object, name: str, path: str) -> Iterator[tuple[str, str]]:
+    """(name, Python expression) of everything in containers, to tell apart two things that have the same name."""
+    yield name, path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from python_paths(item, f"{name}.{key}", f"{path}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from python_paths(item, f"{name}.{index}", f"{path}[{index}]")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.phases import Phases
 from ckpt.state import LocalTensor, SavedState, SavedTensor, Target, build_target
@@ -68,9 +69,12 @@ def load(
     process_group: ProcessGroup | None = None,
 ) -> LoadResult:
     """See ckpt.load."""
-    group = Collective(process_group)
+    with collector.paused():
+        return _run(state, os.fspath(path), strict, cast, Collective(process_group))
+
+
+def _run(state: MutableMapping[str, object], folder: str, strict: bool, cast: bool, group: Collective) -> LoadResult:
     phases = Phases()
-    folder = os.fspath(path)
     failure: BaseException | None = None
     load = _Load(state, folder, strict=strict, cast=cast, group=group)
     try:

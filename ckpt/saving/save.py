@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.phases import Phases
 from ckpt.provenance import provenance
@@ -86,7 +87,8 @@ class Saver:
         folder = os.path.abspath(os.fspath(path))
         if step is None:
             step = names.step_of(os.path.basename(folder))
-        return _Attempt(self, Collective(process_group), folder, step).run(state)
+        with collector.paused():
+            return _Attempt(self, Collective(process_group), folder, step).run(state)
 
     def remember(self, key: str, known: _Known) -> None:
         """Keep a plan, and forget the one that was not used for longest."""
@@ -185,7 +187,10 @@ class _Attempt:
                 self._blob_sizes[name] = size
         key = hexdigest("".join(hello["digest"] for hello in hellos).encode())
         self._attempt = secrets.token_hex(8)
-        self._folder = prepare_folder(self._saver.files, self._path)
+        try:
+            self._folder = prepare_folder(self._saver.files, self._path)
+        except OSError as error:
+            raise _explain(error, self._path, 0) from error
         return _json(
             {
                 "attempt": self._attempt,

@@ -26,7 +26,7 @@ import numpy as np
 from ckpt_formats.arrays import AnyArray
 from ckpt_formats.codecs import require_known
 from ckpt_formats.digest import digest
-from ckpt_formats.errors import CheckpointError, CorruptionError
+from ckpt_formats.errors import CorruptionError
 from ckpt_formats.geometry import Box, flat_boxes, flat_hull, intersect_rows
 from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import Manifest, TensorMeta
@@ -141,7 +141,7 @@ class Reader:
         meta = self._manifest.meta(name)
         self._manifest.chunks(meta)
         if meta.rows:
-            for source in set(self._table(meta.page).source[meta.row : meta.row + meta.rows]):
+            for source in set(self._table(meta.page).source[meta.row : meta.row + meta.rows]) - {-1}:
                 self._locations.sources[source].size()
         return meta
 
@@ -214,6 +214,11 @@ class Reader:
 
     def _run(self, task: list[_Piece], staging: _Staging) -> None:
         first = task[0]
+        if first.source < 0:
+            # the preferred place does not have it at all
+            for piece in task:
+                self._alternatives(piece, staging)
+            return
         if len(task) == 1 and first.wanted is None and first.into.nbytes >= DIRECT and first.into.flags.c_contiguous:
             self._run_direct(first)
             return
@@ -249,30 +254,32 @@ class Reader:
             self._alternatives(piece, _Staging())
 
     def _alternatives(self, piece: _Piece, staging: _Staging) -> None:
-        """Try every place of the piece's chunk in turn; the error of the first is what the caller gets."""
-        failure: CheckpointError | None = None
-        length = piece.stop - piece.start
+        """Get a piece block by block, each from the first place that has it whole."""
+        view = staging.view(piece.stop - piece.start)
+        for at in range(0, len(view), self._manifest.block_size):
+            self._any_place(piece, view[at : at + self._manifest.block_size], at)
+        _scatter(piece, view)
+
+    def _any_place(self, piece: _Piece, block: memoryview, at: int) -> None:
+        """Read a block of a piece from any place; the error of the first is what the caller gets if none has it."""
+        failure: CorruptionError | None = None
         for places in self._locations.places(piece.meta.page):
             source = int(places.source[piece.row])
             if source < 0:
                 continue
-            start = int(places.start[piece.row]) + piece.first
-            view = staging.view(length)
+            start = int(places.start[piece.row]) + piece.first + at
             try:
-                self._locations.sources[source].read(start, start + length, view)
-                self._verify(piece, view, source)
+                self._locations.sources[source].read(start, start + len(block), block)
+                self._verify(piece, block, source, at)
             except CorruptionError as error:
                 failure = failure or error
-                continue
-            _scatter(piece, view)
-            return
-        if failure is None:
-            raise CorruptionError(
-                f"{self._manifest.path}: there is no place to read {piece.chunk} of tensor {piece.meta.name!r} from",
-                path=self._manifest.path,
-                tensor=piece.meta.name,
-            )
-        raise failure
+            else:
+                return
+        raise failure or CorruptionError(
+            f"{self._manifest.path}: there is no place to read {piece.chunk} of tensor {piece.meta.name!r} from",
+            path=self._manifest.path,
+            tensor=piece.meta.name,
+        )
 
     def _verify(self, piece: _Piece, data: memoryview, source: int, skip: int = 0) -> None:
         rows = self._manifest.page(piece.meta.page)

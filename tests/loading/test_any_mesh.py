@@ -1,6 +1,7 @@
 """Any mesh to any mesh: what one cut saved, every other cut loads, model and optimizer, bit for bit.
 
-Real gloo processes. The truth comes from torch: its own gathering of the full state dict, before saving and after loading.
+Real gloo processes. The truth comes from torch: its own gathering of the full state dict, before saving and after
+loading.
 """
 
 from __future__ import annotations

@@ -1,0 +1,279 @@
+"""What a load promises: in place, only what is needed, verified, and clear refusals that touch nothing."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import ckpt
+from ckpt_formats.checkpoint import open_checkpoint
+from ckpt_formats.errors import (
+    CheckpointNotFoundError,
+    CorruptionError,
+    DtypeMismatchError,
+    MissingTensorError,
+    RankError,
+    ShapeMismatchError,
+    StateMismatchError,
+)
+from ckpt_formats.geometry import Box
+from ckpt_formats.locations import LocationMap, Places
+from ckpt_formats.reading import Reader, Request
+from ckpt_formats.sources import LocalFile
+from tests.ranks import run_ranks
+
+
+def flip(path: Path, at: int) -> None:
+    """Flip one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def the_data_file(checkpoint: Path) -> Path:
+    (file,) = (checkpoint / "data").iterdir()
+    return file
+
+
+def test_tensors_are_filled_in_place(tmp_path: Path) -> None:
+    ckpt.save({"w": torch.arange(6.0).reshape(2, 3)}, tmp_path / "a")
+    target = torch.zeros(3, 2).t()
+    address = target.data_ptr()
+    result = ckpt.load({"w": target}, tmp_path / "a")
+    assert target.data_ptr() == address
+    assert target.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    assert result.bytes_needed == 24
+
+
+def test_what_the_state_lacks_and_what_the_checkpoint_lacks_are_listed_and_nothing_is_touched(tmp_path: Path) -> None:
+    ckpt.save({"model": torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})}, tmp_path / "s")
+    other = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "c": torch.nn.Linear(2, 2)})
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(StateMismatchError) as caught:
+        ckpt.load({"model": other}, tmp_path / "s")
+    for name in ("model.b.weight", "model.b.bias", "model.c.weight", "model.c.bias", "strict=False"):
+        assert name in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+    result = ckpt.load({"model": other}, tmp_path / "s", strict=False)
+    assert sorted(result.missing) == ["model.c.bias", "model.c.weight"]
+    assert sorted(result.unexpected) == ["model.b.bias", "model.b.weight"]
+    assert not torch.equal(before[0], other["a"].weight)  # type: ignore[arg-type]
+
+
+def test_entries_that_the_state_does_not_name_are_not_loaded(tmp_path: Path) -> None:
+    model = torch.nn.Linear(512, 512)
+    ckpt.save({"model": model, "big": torch.zeros(1 << 20)}, tmp_path / "a")
+    other = torch.nn.Linear(512, 512)
+    result = ckpt.load({"model": other}, tmp_path / "a")
+    assert torch.equal(other.weight, model.weight)
+    assert result.bytes_read <= 1.05 * (512 * 512 + 512) * 4
+
+
+def test_another_shape_is_refused_and_names_both(tmp_path: Path) -> None:
+    ckpt.save({"w": torch.zeros(2, 3)}, tmp_path / "a")
+    with pytest.raises(ShapeMismatchError, match=r"w \(\[2, 3\] stored, \[3, 2\] in the state\)"):
+        ckpt.load({"w": torch.zeros(3, 2)}, tmp_path / "a")
+
+
+def test_another_dtype_is_refused_unless_a_cast_is_asked_for(tmp_path: Path) -> None:
+    saved = torch.randn(1000, 33)
+    ckpt.save({"w": saved}, tmp_path / "a")
+    target = torch.zeros(1000, 33, dtype=torch.bfloat16)
+    with pytest.raises(DtypeMismatchError, match="cast=True"):
+        ckpt.load({"w": target}, tmp_path / "a")
+    assert not target.any()
+    ckpt.load({"w": target}, tmp_path / "a", cast=True)
+    assert torch.equal(target, saved.bfloat16())
+
+
+def test_no_checkpoint_is_an_error_that_says_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="no such folder"):
+        ckpt.load({}, tmp_path / "nowhere")
+    ckpt.save({"w": torch.zeros(2)}, tmp_path / "run" / "step_5")
+    with pytest.raises(CheckpointNotFoundError, match="step_5"):
+        ckpt.load({}, tmp_path / "run")
+    (tmp_path / "run" / "step_5" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="never committed"):
+        ckpt.load({}, tmp_path / "run" / "step_5")
+
+
+@pytest.mark.parametrize("size", [100, 100_000, 3_000_000])
+def test_a_flipped_bit_is_an_error_that_names_file_and_tensor(size: int, tmp_path: Path) -> None:
+    ckpt.save({"before": torch.zeros(10), "w": torch.ones(size)}, tmp_path / "a")
+    file = the_data_file(tmp_path / "a")
+    flip(file, file.stat().st_size - 3)
+    with pytest.raises(CorruptionError) as caught:
+        ckpt.load({"before": torch.zeros(10), "w": torch.zeros(size)}, tmp_path / "a")
+    assert "'w'" in str(caught.value)
+    assert file.name in str(caught.value)
+    # what is whole still loads
+    ckpt.load({"before": torch.ones(10)}, tmp_path / "a")
+
+
+def test_a_missing_or_truncated_file_is_named(tmp_path: Path) -> None:
+    ckpt.save({"w": torch.ones(100_000)}, tmp_path / "a")
+    file = the_data_file(tmp_path / "a")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(CorruptionError, match="truncated"):
+        ckpt.load({"w": torch.zeros(100_000)}, tmp_path / "a")
+    file.unlink()
+    with pytest.raises(CorruptionError, match=file.name):
+        ckpt.load({"w": torch.zeros(100_000)}, tmp_path / "a")
+
+
+def test_slices_read_only_the_blocks_that_hold_them(tmp_path: Path) -> None:
+    rows = torch.arange(4096 * 1024, dtype=torch.float32).reshape(4096, 1024)
+    ckpt.save({"w": rows}, tmp_path / "a")
+    with open_checkpoint(tmp_path / "a") as checkpoint:
+        into = np.empty((10, 1024), np.uint32)
+        stats = checkpoint.read([Request("w", Box((2000, 0), (10, 1024)), into)])
+        assert stats.bytes_read <= 2 << 20
+        assert np.array_equal(into.view(np.float32), rows[2000:2010].numpy())
+    with ckpt.open(tmp_path / "a") as checkpoint:
+        lazy = checkpoint["w"]
+        assert (lazy.shape, str(lazy.dtype)) == ((4096, 1024), "float32")
+        for index in [
+            (5,),
+            (slice(3, 3000, 7), slice(None, None, -5)),
+            (..., 3),
+            (-1, slice(-9, None)),
+            (slice(5, 2),),
+            (slice(None), slice(1000, 2000)),
+        ]:
+            expected = rows.numpy()[index]
+            assert np.array_equal(lazy[index].numpy(), expected), index
+        with pytest.raises(IndexError, match="out of range"):
+            lazy[4096]
+        with pytest.raises(IndexError, match="3 indices"):
+            lazy[0, 0, 0]
+
+
+def test_a_name_that_is_not_there_suggests_one_that_is(tmp_path: Path) -> None:
+    ckpt.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "a")
+    with (
+        ckpt.open(tmp_path / "a") as checkpoint,
+        pytest.raises(MissingTensorError, match=r"did you mean 'model\.weight'"),
+    ):
+        checkpoint["model.wieght"]
+
+
+def test_a_damaged_first_place_gives_way_to_the_next(tmp_path: Path) -> None:
+    """A location map with two copies, each damaged elsewhere, reads as a whole one."""
+    state = {"a": torch.randn(700_000), "b": torch.randn(900, 33), "c": torch.randn(5)}
+    ckpt.save(state, tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    first, second = the_data_file(tmp_path / "a"), the_data_file(tmp_path / "copy")
+    # blocks of "a" in turn, then "b" and "c" at the end
+    for file, places in ((first, (5000, 2_500_000)), (second, (1_500_000, first.stat().st_size - 1))):
+        for place in places:
+            flip(file, place)
+    checkpoint = open_checkpoint(tmp_path / "a")
+    one = checkpoint.locations.places(0)[0]
+    other = Places(one.source + 1, one.start, one.length, one.codec)
+    both = LocationMap([LocalFile(str(first)), LocalFile(str(second))], ["raw"], lambda _: (one, other))
+    into = {name: np.empty(value.shape, np.uint32) for name, value in state.items()}
+    requests = [Request(name, Box.whole(array.shape), array) for name, array in into.items()]
+    with pytest.raises(CorruptionError):
+        checkpoint.read(requests)
+    Reader(checkpoint.manifest, both).read(requests)
+    for name, value in state.items():
+        assert np.array_equal(into[name].view(np.float32), value.numpy()), name
+    lost = LocationMap(
+        [LocalFile(str(first))], ["raw"], lambda _: (Places(one.source - 1, one.start, one.length, one.codec),)
+    )
+    with pytest.raises(CorruptionError, match="no place"):
+        Reader(checkpoint.manifest, lost).read(requests)
+    both.close()
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    def draw() -> list[object]:
+        return [random.random(), float(np.random.rand()), torch.rand(1).item()]  # noqa: NPY002
+
+    draw()
+    ckpt.save({"rng": ckpt.RNG()}, tmp_path / "a")
+    expected = draw()
+    ckpt.load({"rng": ckpt.RNG()}, tmp_path / "a")
+    assert draw() == expected
+
+
+def test_values_come_back_with_their_types(tmp_path: Path) -> None:
+    state = {
+        "epoch": 3,
+        "lr": 1e-3,
+        "order": [1, (2, 3)],
+        "best": {"loss": float("inf")},
+        "seen": {1, 2},
+        "id": b"\0\xff",
+    }
+    ckpt.save(state, tmp_path / "a")
+    target = {"epoch": 0, "lr": 0.0, "order": [], "best": {}, "seen": set(), "id": b""}
+    ckpt.load(target, tmp_path / "a")
+    assert target == state
+    assert type(target["order"][1]) is tuple  # type: ignore[index]
+
+
+# --- several ranks
+
+
+def rows_to_columns(rank: int, world_size: int, folder: str) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    whole = torch.arange(1003 * 997, dtype=torch.float32).reshape(1003, 997)
+    ckpt.save({"w": distribute_tensor(whole, mesh, [Shard(0)])}, f"{folder}/a")
+    dist.barrier()
+    for placement in (Shard(1), Shard(0), Replicate()):
+        target = distribute_tensor(torch.zeros_like(whole), mesh, [placement])
+        ckpt.load({"w": target}, f"{folder}/a")
+        assert torch.equal(target.to_local(), distribute_tensor(whole, mesh, [placement]).to_local())
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_rows_load_as_columns(world_size: int, tmp_path: Path) -> None:
+    run_ranks(rows_to_columns, world_size, str(tmp_path))
+
+
+def damaged_for_one_rank(rank: int, world_size: int, folder: str) -> str:
+    mesh = init_device_mesh("cpu", (world_size,))
+    whole = torch.arange(4000, dtype=torch.float32)
+    ckpt.save({"w": distribute_tensor(whole, mesh, [Shard(0)])}, f"{folder}/a")
+    dist.barrier()
+    if rank == 0:
+        damaged = next(path for path in Path(folder, "a", "data").iterdir() if path.name.startswith("00001"))
+        flip(damaged, damaged.stat().st_size - 1)
+    dist.barrier()
+    target = distribute_tensor(torch.zeros(4000), mesh, [Shard(0)])
+    with pytest.raises((CorruptionError, RankError)) as caught:
+        ckpt.load({"w": target}, f"{folder}/a")
+    return str(caught.value)
+
+
+def test_damage_that_one_rank_meets_is_an_error_on_all(tmp_path: Path) -> None:
+    for message in run_ranks(damaged_for_one_rank, 2, str(tmp_path)):
+        assert "00001-" in message
+        assert "checksum" in message
+
+
+def other_world(rank: int, world_size: int, folder: str) -> tuple[list[str], object]:
+    state = {"rng": ckpt.RNG(), "mine": ckpt.PerRank({"seed": 100 + rank}), "epoch": 7}
+    if world_size == 2:
+        ckpt.save(state, f"{folder}/a")
+        return [], None
+    result = ckpt.load(state, f"{folder}/a")
+    return list(result.per_rank_skipped), state["epoch"]
+
+
+def test_per_rank_values_of_another_world_size_are_kept_and_reported(tmp_path: Path) -> None:
+    run_ranks(other_world, 2, str(tmp_path))
+    for skipped, epoch in run_ranks(other_world, 3, str(tmp_path)):
+        assert epoch == 7
+        assert any("rng" in path for path in skipped)
+        assert any("mine" in path for path in skipped)

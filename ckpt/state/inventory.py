@@ -219,7 +219,7 @@ class Inventory:
             del self.live[name]
             self.tensor(name, tensor.trigger_wait())
         elif hasattr(kind, "__tensor_flatten__"):
-            parts, context = tensor.__tensor_flatten__()
+            parts, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
             for part in parts:
                 self.tensor(f"{name}.{part}", getattr(tensor, part))
             self.local.values[name] = Disassembled(kind.__qualname__, tuple(parts), _encodable(context))

@@ -27,14 +27,14 @@ __all__ = ["CustomModule", "ModuleState", "walk_module"]
 
 _EXTRA_STATE = "_extra_state"  # nn.Module.state_dict's own suffix
 
-# Classes are known by name, so that none of these has to be imported by those who don't use it.
+# torch's classes are known by name, so that none of these has to be imported by those who don't use it.
 _TRANSPARENT = {
-    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
-    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",
-    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): "_checkpoint_wrapped_module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "ActivationWrapper": "_checkpoint_wrapped_module",
 }
-_FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
-_FSDP2 = ("torch.distributed.fsdp._fully_shard._fully_shard", "FSDPModule")
+_FSDP1 = "FullyShardedDataParallel"
+_FSDP2 = "FSDPModule"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def _traits(module: nn.Module) -> _Traits:
 
 
 def _traits_of(kind: type[nn.Module]) -> _Traits:
-    names = [(base.__module__, base.__qualname__) for base in kind.__mro__]
+    names = [base.__qualname__ for base in kind.__mro__ if base.__module__.startswith("torch.")]
     return _Traits(
         inner=next((_TRANSPARENT[name] for name in names if name in _TRANSPARENT), None),
         fsdp=_FSDP2 in names,

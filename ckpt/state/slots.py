@@ -307,8 +307,7 @@ class _Maker:
             found = self._saved.find(mark.name)
             if found is None:
                 raise MissingTensorError(
-                    f"the checkpoint refers to a tensor {mark.name!r} that it doesn't have; it is damaged or was written "
-                    "wrongly",
+                    f"the checkpoint refers to a tensor {mark.name!r} that it doesn't have: it is damaged",
                     tensor=mark.name,
                 )
             self.used.add(mark.name)

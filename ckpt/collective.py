@@ -142,9 +142,9 @@ class Collective:
 
     def _sizes(self, size: int) -> list[int]:
         mine = torch.tensor([size], dtype=torch.int64, device=self._device)
-        everyone = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
-        dist.all_gather_into_tensor(everyone, mine, group=self._group)
-        return [int(n) for n in everyone.tolist()]
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(everyone, mine, group=self._group)
+        return [int(n) for n in everyone]
 
     def _tensor(self, payload: bytes, length: int) -> torch.Tensor:
         buffer = bytearray(length)

@@ -222,7 +222,7 @@ class _Attempt:
         """Write this rank's files. Returns its part, encoded."""
         rank = self._group.rank
         try:
-            chunks = _chunks(local, assignment)
+            chunks = chunks_of(local, assignment)
             for name, data in self._blobs.items():
                 if writers[name] == rank:
                     chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
@@ -259,7 +259,7 @@ class _Attempt:
         return str(sum(int(file.rows.length.sum()) for part in parts for file in part.files)).encode()
 
 
-def _chunks(local: LocalState, assignment: Sequence[Assigned]) -> list[Chunk]:
+def chunks_of(local: LocalState, assignment: Sequence[Assigned]) -> list[Chunk]:
     """What this rank writes, as chunks over the live tensors."""
     tensors = list(local.tensors.values())
     chunks = []

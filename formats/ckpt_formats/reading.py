@@ -36,8 +36,8 @@ SPAN = 8 << 20
 DIRECT = 256 << 10
 """Whole chunks of at least so many bytes are read straight into contiguous destinations; smaller ones go through the
 staging buffer, many at a time."""
-GAP = 64 << 10
-"""Ranges that are no further apart than this are read together."""
+OVERREAD = 20
+"""Ranges are read together with what lies between them as long as that is at most one byte in so many."""
 
 
 class Request(NamedTuple):
@@ -337,16 +337,23 @@ def _position(piece: _Piece) -> tuple[int, int]:
 
 
 def _spans(pieces: list[_Piece]) -> list[list[_Piece]]:
-    """Group sorted pieces that are close together into tasks of at most SPAN bytes."""
+    """Group sorted pieces that are close together into tasks of at most SPAN bytes, little of which is not wanted."""
     tasks: list[list[_Piece]] = []
     source = begin = end = -1
+    wasted = 0
     for piece in pieces:
-        if piece.source == source and piece.start <= end + GAP and piece.stop - begin <= SPAN:
+        gap = max(0, piece.start - end)
+        if (
+            piece.source == source
+            and piece.stop - begin <= SPAN
+            and (wasted + gap) * OVERREAD <= piece.stop - begin - wasted - gap
+        ):
             tasks[-1].append(piece)
             end = max(end, piece.stop)
+            wasted += gap
         else:
             tasks.append([piece])
-            source, begin, end = piece.source, piece.start, piece.stop
+            source, begin, end, wasted = piece.source, piece.start, piece.stop, 0
     return tasks
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from types import EllipsisType, TracebackType
@@ -22,6 +21,7 @@ from ckpt_formats.locations import LocationMap
 from ckpt_formats.manifest import BLOB_PREFIX, Manifest, TensorMeta, rank_blob
 from ckpt_formats.native.reader import open_native
 from ckpt_formats.reading import Reader, ReadStats, Request
+from ckpt_formats.safetensors_file import parse_json
 
 Index = int | slice | EllipsisType
 Leaves = Mapping[str, Callable[[Any, str], object]]
@@ -144,7 +144,7 @@ class Checkpoint:
         name = rank_blob(rank)
         if name not in self.manifest.tensors:
             return {}
-        tree = json.loads(self.blob(name))
+        tree = parse_json(self.blob(name), f"{self.path}: the values of rank {rank}")
         if not isinstance(tree, dict):
             raise FormatError(f"{self.path}: the values of rank {rank} are not an object", path=self.path)
         return tree

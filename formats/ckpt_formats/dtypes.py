@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from ckpt_formats.errors import UnknownDtypeError
+from ckpt_formats.values.tree import brief
 
 __all__ = ["DTYPES", "DType", "carrier_dtype", "dtype", "from_safetensors"]
 
@@ -122,7 +123,7 @@ def dtype(name: str) -> DType:
         return DTYPES[name]
     except (KeyError, TypeError):
         raise UnknownDtypeError(
-            f"unknown dtype {name!r}: the checkpoint may have been written by a newer release; update this one"
+            f"unknown dtype {brief(name)}: the checkpoint may have been written by a newer release; update this one"
         ) from None
 
 
@@ -135,5 +136,5 @@ def from_safetensors(name: str) -> DType:
         return _BY_SAFETENSORS[name]
     except (KeyError, TypeError):
         raise UnknownDtypeError(
-            f"safetensors dtype {name!r} can't be read; those that can are {', '.join(_BY_SAFETENSORS)}"
+            f"safetensors dtype {brief(name)} can't be read; those that can are {', '.join(_BY_SAFETENSORS)}"
         ) from None

@@ -6,7 +6,9 @@ other nodes implement the same protocol.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from typing import Protocol
 
@@ -38,6 +40,20 @@ class ByteSource(Protocol):
         ...
 
 
+def open_plain(path: str) -> int:
+    """Open a file for reading; links are followed. Returns its descriptor.
+
+    Raises OSError, also for what is no plain file: opening a pipe would wait for its writer, and a device has no end.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENOTSUP
+        raise OSError(code, "it is a folder" if stat.S_ISDIR(mode) else "it is not a plain file", path)
+    return fd
+
+
 class LocalFile:
     """A file on a mounted file system, opened at the first read."""
 
@@ -54,7 +70,7 @@ class LocalFile:
         with self._lock:
             if self._fd < 0:
                 try:
-                    self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._fd = open_plain(self._path)
                 except OSError as error:
                     raise self._unreadable(error) from error
             return self._fd
@@ -67,8 +83,9 @@ class LocalFile:
         )
 
     def size(self) -> int:
+        fd = self._open()
         try:
-            return os.fstat(self._open()).st_size
+            return os.fstat(fd).st_size
         except OSError as error:
             raise self._unreadable(error) from error
 

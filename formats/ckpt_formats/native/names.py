@@ -11,6 +11,8 @@ from ckpt_formats.safetensors_file import PAD_PREFIX
 MANIFEST = "manifest.json"
 DATA = "data"
 INDEX = "index"
+MAX_NAME = 255
+"""Characters of a file's name; file systems allow no more bytes."""
 
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
 _STEP = re.compile(r"step[_-]?(\d+)")
@@ -45,8 +47,10 @@ def is_safe(path: object, folder: str) -> TypeGuard[str]:
         len(parts) == 2
         and parts[0] == folder
         and parts[1] not in ("", ".", "..")
+        and len(parts[1]) <= MAX_NAME
         and "\\" not in path
-        and "\0" not in path
+        # no control characters, which do things to terminals, and no lone surrogates, which no file system can store
+        and path.isprintable()
     )
 
 

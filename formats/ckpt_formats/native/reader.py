@@ -17,8 +17,8 @@ from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import ChunkRows, Manifest
 from ckpt_formats.native import index, names
 from ckpt_formats.native.index import IndexRows
-from ckpt_formats.native.root import Root, decode
-from ckpt_formats.sources import ByteSource, LocalFile
+from ckpt_formats.native.root import MAX_SIZE, Root, decode
+from ckpt_formats.sources import ByteSource, LocalFile, open_plain
 
 
 def is_native(path: str) -> bool:
@@ -35,11 +35,30 @@ def read_root(path: str) -> Root:
     """
     file = os.path.join(path, names.MANIFEST)
     try:
-        with open(file, "rb") as stream:
-            data = stream.read()
+        fd = open_plain(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(_why_not_found(path), path=path) from error
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    try:
+        with open(fd, "rb") as stream:
+            size = os.fstat(fd).st_size
+            if size > MAX_SIZE:
+                raise FormatError(
+                    f"{file}: has {size} bytes, more than the {MAX_SIZE} that a manifest may have: it is damaged or no "
+                    "manifest; use another checkpoint",
+                    path=file,
+                )
+            data = stream.read()
+    except OSError as error:
+        raise _unreadable(file, error) from error
     return decode(data, file)
+
+
+def _unreadable(file: str, error: OSError) -> CorruptionError:
+    return CorruptionError(
+        f"{file}: the manifest can't be read ({error.strerror}); restore it or use another checkpoint", path=file
+    )
 
 
 def _why_not_found(path: str) -> str:
@@ -200,6 +219,9 @@ def _check_rows(rows: IndexRows, root: Root, number: int, what: str) -> None:
     blocks = np.where(nbytes > root.block_size, -(-nbytes // root.block_size), 0)
     fail("its block digests are not in the index", (blocks > 0) != (rows.block >= 0))
     fail("its block digests are not in the index", rows.block > len(rows.block_digest) - blocks)
+    if int(blocks.sum()) > len(rows.block_digest):
+        # also keeps the work below in proportion to the size of the page
+        raise FormatError(f"{what}: chunks share block digests; the checkpoint was written wrongly", path=what)
     for row in np.flatnonzero(blocks):
         first = int(rows.block[row])
         if digest(rows.block_digest[first : first + int(blocks[row])].tobytes()) != rows.digest[row].tobytes():

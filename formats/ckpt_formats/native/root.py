@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from ckpt_formats.digest import hexdigest
+from ckpt_formats.dtypes import DType
 from ckpt_formats.dtypes import dtype as dtype_named
 from ckpt_formats.errors import CorruptionError, FormatError, UnknownDtypeError, UnknownVersionError
 from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.native import names
 from ckpt_formats.safetensors_file import ALIGNMENT, is_index, parse_json
+from ckpt_formats.values.tree import brief
 
 FORMAT = "ckpt"
 VERSION = 1
@@ -25,6 +27,10 @@ _TAIL_SIZE = 46
 _HEX_DIGEST = re.compile(r"[0-9a-f]{32}")
 MAX_NDIM = 64
 """Torch's own limit on dimensions."""
+MAX_SIZE = 1 << 30
+"""Bytes of the largest manifest: it is read as a whole. A million tensors take 0.1 GiB."""
+MAX_BLOCK = 1 << 28
+"""Bytes of the largest block of digests: a reader has to hold one in memory to verify it."""
 
 
 class DataFile(NamedTuple):
@@ -134,7 +140,7 @@ class _Checker:
         version = tree.get("version")
         if version != VERSION or type(version) is not int:
             raise UnknownVersionError(
-                f"{self.path}: the checkpoint has format version {version!r}; this release reads version {VERSION}. "
+                f"{self.path}: the checkpoint has format version {brief(version)}; this release reads version {VERSION}. "
                 "Install a release of anyckpt that knows it",
                 path=self.path,
             )
@@ -143,8 +149,8 @@ class _Checker:
             self.fail('"attempt" is not 16 hexadecimal digits')
         if step is not None and not is_index(step):
             self.fail('"step" is neither null nor a non-negative integer')
-        if not isinstance(block_size, int) or not is_index(block_size) or not block_size or block_size % ALIGNMENT:
-            self.fail('"block_size" is not a positive multiple of 4096')
+        if not is_index(block_size) or not 0 < block_size <= MAX_BLOCK or block_size % ALIGNMENT:
+            self.fail('"block_size" is not a multiple of 4096 from 4096 to 2**28')
         codecs = self.array(tree, "codecs")
         if not all(isinstance(codec, str) for codec in codecs) or len(codecs) > 256:
             self.fail('"codecs" is not an array of at most 256 names')
@@ -163,11 +169,11 @@ class _Checker:
         aliases = self.object(tree, "aliases")
         for alias, name in aliases.items():
             if not isinstance(name, str) or name not in tensors or alias in tensors:
-                self.fail(f"the alias {alias!r} does not lead to a stored tensor, or is one itself")
+                self.fail(f"the alias {brief(alias)} does not lead to a stored tensor, or is one itself")
         entries = self.object(tree, "entries")
         for name, entry in entries.items():
             if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-                self.fail(f'the entry {name!r} has no "kind"')
+                self.fail(f'the entry {brief(name)} has no "kind"')
         return Root(
             attempt=attempt,
             step=step,
@@ -201,7 +207,7 @@ class _Checker:
             self.fail(f"{what} is not an object")
         path, size, header, digest = (item.get(name) for name in DataFile._fields)
         if not names.is_safe(path, names.DATA):
-            self.fail(f'{what} has the path {path!r}, which is not a plain name below "{names.DATA}/"')
+            self.fail(f'{what} has the path {brief(path)}, which is not a plain name below "{names.DATA}/"')
         if not is_index(size) or not is_index(header) or header > size or header < 8:
             self.fail(f"{what} ({path}) has impossible sizes")
         if not isinstance(digest, str) or _HEX_DIGEST.fullmatch(digest) is None:
@@ -214,7 +220,7 @@ class _Checker:
             self.fail(f"{what} is not an object")
         path, size, rows, digests = (item.get(name) for name in PageFile._fields)
         if not names.is_safe(path, names.INDEX):
-            self.fail(f'{what} has the path {path!r}, which is not a plain name below "{names.INDEX}/"')
+            self.fail(f'{what} has the path {brief(path)}, which is not a plain name below "{names.INDEX}/"')
         if not is_index(size) or not is_index(rows):
             self.fail(f"{what} ({path}) has impossible sizes")
         if (
@@ -225,6 +231,14 @@ class _Checker:
             self.fail(f"{what} ({path}) does not have one digest per block")
         return PageFile(path, size, rows, digests)
 
+    def dtype(self, tensor: str, name: Any) -> DType:
+        try:
+            return dtype_named(name)
+        except UnknownDtypeError as error:
+            raise UnknownDtypeError(
+                f"{self.path}: tensor {brief(tensor)}: {error}", path=self.path, tensor=tensor
+            ) from None
+
     def tensors(self, tree: dict[str, Any], pages: Sequence[PageFile], cut_count: int) -> dict[str, TensorMeta]:
         tensors: dict[str, TensorMeta] = {}
         page_count = len(pages)
@@ -232,10 +246,10 @@ class _Checker:
         previous = ""
         for name, item in tree.items():
             if not name or name <= previous:
-                self.fail(f"tensor {name!r}: names are not in order")
+                self.fail(f"tensor {brief(name)}: names are not in order")
             previous = name
             if not isinstance(item, dict):
-                self.fail(f"tensor {name!r} is not an object")
+                self.fail(f"tensor {brief(name)} is not an object")
             shape, page, row, rows, cut = (
                 item.get("shape"),
                 item.get("page"),
@@ -244,25 +258,28 @@ class _Checker:
                 item.get("cut"),
             )
             if not isinstance(shape, list) or len(shape) > MAX_NDIM or not all(map(is_index, shape)):
-                self.fail(f"tensor {name!r} has an impossible shape")
+                self.fail(f"tensor {brief(name)} has an impossible shape")
             if cut is not None and not (is_index(cut) and cut < cut_count):
-                self.fail(f'tensor {name!r} refers to a cut that "layout.cuts" does not have')
+                self.fail(f'tensor {brief(name)} refers to a cut that "layout.cuts" does not have')
             if not (is_index(page) and is_index(row) and is_index(rows)):
-                self.fail(f"tensor {name!r} has no place in the index")
+                self.fail(f"tensor {brief(name)} has no place in the index")
             if rows:
                 if page != at_page:
-                    if page != at_page + 1 or at_row != pages[at_page].rows:
-                        self.fail(f"tensor {name!r} has a page that does not follow the one before")
+                    if page != at_page + 1 or page >= page_count or at_row != pages[at_page].rows:
+                        self.fail(f"tensor {brief(name)} has a page that does not follow the one before")
                     at_page, at_row = page, 0
                 if row != at_row or page >= page_count or row + rows > pages[page].rows:
-                    self.fail(f"tensor {name!r} has rows that the index does not have or that another tensor has")
+                    self.fail(f"tensor {brief(name)} has rows that the index does not have or that another tensor has")
                 at_row += rows
             elif page or row:
-                self.fail(f"tensor {name!r} has no chunks but a place in the index")
-            try:
-                dtype = dtype_named(str(item.get("dtype")))
-            except UnknownDtypeError as error:
-                raise UnknownDtypeError(f"{self.path}: tensor {name!r}: {error}", path=self.path, tensor=name) from None
+                self.fail(f"tensor {brief(name)} has no chunks but a place in the index")
+            dtype = self.dtype(name, item.get("dtype"))
+            nbytes = dtype.itemsize
+            for size in shape:
+                nbytes *= size or 1
+            # no array library can hold a shape of which this is not true, not even when it has no elements
+            if nbytes >= 1 << 63:
+                self.fail(f"tensor {brief(name)} has an impossible shape")
             tensors[name] = TensorMeta(name, dtype, tuple(shape), page, row, rows, cut)
         if any(page.rows for page in pages[at_page + 1 :]) or (page_count and at_row != pages[at_page].rows):
             self.fail("the index has rows that belong to no tensor")

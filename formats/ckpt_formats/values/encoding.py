@@ -201,8 +201,8 @@ ENCODERS: Final[dict[type, Callable[[Encoder, Any, Where, int], JsonValue]]] = {
     ZoneInfo: lambda e, v, w, _d: e.zone(v, w),
     np.ndarray: lambda e, v, w, _d: e.array(v, w),
     **dict.fromkeys(SCALAR_TYPES, lambda e, v, w, _d: e.scalar(v, w)),
-    # these have a length, which may be 0, and numpy would drop zeros from their ends
-    np.str_: lambda _e, v, _w, _d: {"$numpy.str": _str(str(v))},
+    # these may be empty or end with zeros, which their dtypes (and np.str_'s own str) would drop
+    np.str_: lambda _e, v, _w, _d: {"$numpy.str": _str(str.__str__(v))},
     np.bytes_: lambda e, v, _w, _d: {"$numpy.bytes": e.raw(bytes(v))},
 }
 """Type, exactly -> its encoder. Registered types join here."""

@@ -215,6 +215,8 @@ class Inventory:
         if self._known(name, tensor):
             return
         kind = type(tensor)
+        if torch.nn.parameter.is_lazy(tensor):
+            raise _unusable(name, "has no shape yet (a lazy module's parameter)", "run the module once first")
         if hasattr(tensor, "trigger_wait"):  # the result of a collective that may still run
             del self.live[name]
             self.tensor(name, tensor.trigger_wait())
@@ -227,8 +229,6 @@ class Inventory:
             with torch._C.DisableTorchFunctionSubclass():
                 plain = torch.Tensor.detach(tensor).as_subclass(torch.Tensor)
             self._plain(name, plain)
-        elif torch.nn.parameter.is_lazy(tensor):
-            raise _unusable(name, "has no shape yet (a lazy module's parameter)", "run the module once first")
         else:
             raise _unusable(
                 name,

@@ -24,18 +24,20 @@ from typing import NamedTuple
 import numpy as np
 
 from ckpt_formats.arrays import AnyArray
-from ckpt_formats.codecs import require_known
-from ckpt_formats.digest import digest
+from ckpt_formats.codecs import RAW, require_known
+from ckpt_formats.digest import DIGEST_SIZE, digest
 from ckpt_formats.errors import CorruptionError
 from ckpt_formats.geometry import Box, flat_boxes, flat_hull, intersect_rows
 from ckpt_formats.locations import LocationMap, Places
-from ckpt_formats.manifest import Manifest, TensorMeta
+from ckpt_formats.manifest import ChunkRows, Manifest, TensorMeta
 
 SPAN = 8 << 20
 """Bytes read at once, and the size of each thread's staging buffer."""
 DIRECT = 256 << 10
 """Whole chunks of at least so many bytes are read straight into contiguous destinations; smaller ones go through the
 staging buffer, many at a time."""
+SMALL = 16 << 10
+"""Pieces smaller than this on average are read by one thread."""
 OVERREAD = 20
 """Ranges are read together with what lies between them as long as that is at most one byte in so many."""
 
@@ -110,7 +112,8 @@ class Reader:
         tasks = [[piece] for piece in direct] + _spans(staged)
         stats.bytes_read = sum(max(piece.stop for piece in task) - task[0].start for task in tasks)
         count = min(threads or min(4, os.cpu_count() or 1), len(tasks))
-        if count <= 1 or stats.bytes_read < SPAN:
+        # threads that handle many small pieces would only wait for each other's interpreter lock
+        if count <= 1 or stats.bytes_read < max(SPAN, SMALL * (len(direct) + len(staged))):
             staging = _Staging()
             for task in tasks:
                 self._run(task, staging)
@@ -150,23 +153,24 @@ class Reader:
     def _table(self, page: int) -> _PageTable:
         table = self._places.get(page)
         if table is None:
-            table = self._places[page] = _PageTable(self._locations.places(page))
+            table = self._places[page] = _PageTable(self._manifest.page(page), self._locations.places(page))
         return table
 
     def _plan(self, request: Request, direct: list[_Piece], staged: list[_Piece]) -> None:
         meta = self._manifest.meta(request.name)
         box, into = request.box, request.into
-        if not Box.whole(meta.shape).contains(box):
+        whole = Box.whole(meta.shape)
+        if box != whole and not whole.contains(box):
             raise ValueError(f"{request.name!r}: the box {box} leaves the tensor's shape {list(meta.shape)}")
-        offsets, sizes = self._manifest.chunks(meta)
         if not into.size:
+            self._manifest.chunks(meta)
             return
         table = self._table(meta.page)
-        if meta.rows == 1:
-            # most tensors of most checkpoints; the cover was checked, so the chunk is the whole tensor
-            whole = Box.whole(meta.shape)
+        if meta.rows == 1 and table.is_whole(meta):
+            # most tensors of most checkpoints
             self._plan_chunk(table, meta, meta.row, whole, box, into, box.offsets, direct, staged)
             return
+        offsets, sizes = self._manifest.chunks(meta)
         rows, starts, extents = intersect_rows(offsets, sizes, box)
         for row, start, extent in zip(rows.tolist(), starts.tolist(), extents.tolist(), strict=True):
             chunk = Box(tuple(offsets[row].tolist()), tuple(sizes[row].tolist()))
@@ -186,11 +190,9 @@ class Reader:
         staged: list[_Piece],
     ) -> None:
         source, start, length = table.source[row], table.start[row], table.length[row]
-        require_known(
-            self._locations.codecs[table.codec[row]],
-            where=f"chunk {chunk} of tensor {meta.name!r}",
-            path=self._manifest.path,
-        )
+        codec = self._locations.codecs[table.codec[row]]
+        if codec != RAW:
+            require_known(codec, where=f"chunk {chunk} of tensor {meta.name!r}", path=self._manifest.path)
         block_size = self._manifest.block_size
         if part == chunk:
             target = into if into.shape == chunk.sizes else into[part.relative_to(origin).slices()]
@@ -282,19 +284,20 @@ class Reader:
         )
 
     def _verify(self, piece: _Piece, data: memoryview, source: int, skip: int = 0) -> None:
-        rows = self._manifest.page(piece.meta.page)
-        if rows.digest is None or rows.block is None or rows.block_digest is None:
+        table = self._table(piece.meta.page)
+        if not table.digests:
             return
-        block = int(rows.block[piece.row])
+        block = table.block[piece.row]
         if block < 0:
-            if digest(data) != rows.digest[piece.row].tobytes():
+            at = piece.row * DIGEST_SIZE
+            if digest(data) != table.digests[at : at + DIGEST_SIZE]:
                 raise self._damaged(piece, source, 0, len(data))
             return
         size = self._manifest.block_size
         number = block + (piece.first + skip) // size
         for at in range(0, len(data), size):
             part = data[at : at + size]
-            if digest(part) != rows.block_digest[number].tobytes():
+            if digest(part) != table.block_digests[number * DIGEST_SIZE : (number + 1) * DIGEST_SIZE]:
                 raise self._damaged(piece, source, piece.first + skip + at, len(part))
             number += 1
 
@@ -310,14 +313,23 @@ class Reader:
 
 
 class _PageTable:
-    """The first places of a page's chunks as plain lists: indexing a list costs a tenth of indexing an array."""
+    """A page's chunks and their first places as plain lists and bytes: a tenth of what indexing arrays costs."""
 
-    def __init__(self, alternatives: Sequence[Places]) -> None:
+    def __init__(self, chunks: ChunkRows, alternatives: Sequence[Places]) -> None:
         places = alternatives[0]
         self.source: list[int] = places.source.tolist()
         self.start: list[int] = places.start.tolist()
         self.length: list[int] = places.length.tolist()
         self.codec: list[int] = places.codec.tolist()
+        self.sizes: list[list[int]] = chunks.size.tolist()
+        self.at_origin: list[bool] = (chunks.offset == 0).all(axis=1).tolist()
+        self.digests = b"" if chunks.digest is None else chunks.digest.tobytes()
+        self.block: list[int] = [] if chunks.block is None else chunks.block.tolist()
+        self.block_digests = b"" if chunks.block_digest is None else chunks.block_digest.tobytes()
+
+    def is_whole(self, meta: TensorMeta) -> bool:
+        """Whether the first chunk of a tensor is all of it."""
+        return self.at_origin[meta.row] and tuple(self.sizes[meta.row][: len(meta.shape)]) == meta.shape
 
 
 class _Staging:

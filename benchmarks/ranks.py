@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -118,6 +119,7 @@ def _rank_main(
         if rank == 0:
             pipe.send(("says", line))
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of the terminal; it is the parent that stops us
     try:
         # As torchrun does it: ranks that share a machine share its cores.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))

@@ -115,9 +115,9 @@ def raw_system(group: Group, memory: RawMemory, *, direct: bool) -> System:
     # Direct writing needs sizes that are a multiple of the device's blocks.
     if direct and memory.nbytes % mmap.PAGESIZE == 0:
         saves += [
-            writing("O_DIRECT write + fsync", direct=True, threads=1),
-            writing("O_DIRECT write + fsync, 2 threads", direct=True, threads=2),
-            writing("O_DIRECT write + fsync, 4 threads", direct=True, threads=4),
+            writing("O_DIRECT + fsync", direct=True, threads=1),
+            writing("O_DIRECT + fsync, 2 threads", direct=True, threads=2),
+            writing("O_DIRECT + fsync, 4 threads", direct=True, threads=4),
         ]
     loads = [
         Way("read", lambda folder: memory.read(path(folder), threads=1)),

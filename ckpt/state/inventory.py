@@ -100,9 +100,8 @@ class Inventory:
             local.values[path] = value
             return
         marked = self.mark(path, value)
-        if type(marked) is TensorRef or type(marked) is PerRankRef:
-            return  # the name says it all
-        local.values[path] = marked
+        if type(marked) is not TensorRef:  # the name of a tensor says it all
+            local.values[path] = marked
 
     def mark(self, path: str, value: Any) -> Any:
         """Enter what is in a value, and return the value with marks in its place; the value itself if it has none."""

@@ -28,14 +28,6 @@ _Slots = dict[str, Any]
 
 
 @dataclass(slots=True)
-class _Group:
-    """A live parameter group and what was saved for its parameters."""
-
-    live: dict[str, Any]
-    hyper: Mapping[str, Any]
-
-
-@dataclass(slots=True)
 class OptimizerTarget:
     """What loading has to fill in one optimizer. `missing` and `wanted` are names as in the checkpoint."""
 
@@ -44,7 +36,7 @@ class OptimizerTarget:
     missing: list[str] = field(default_factory=list)
     wanted: set[str] = field(default_factory=set)
     _slots: list[tuple[torch.Tensor, _Slots]] = field(default_factory=list)
-    _groups: list[_Group] = field(default_factory=list)
+    _groups: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
     _free: _Slots = field(default_factory=dict)
     _extras: _Slots = field(default_factory=dict)
 
@@ -106,7 +98,7 @@ class OptimizerTarget:
             if hyper is None and not group["params"] and index < len(groups) and not groups[index]["params"]:
                 hyper = groups[index]
             if hyper is not None:
-                self._groups.append(_Group(group, hyperparameters(hyper)))
+                self._groups.append((index, hyperparameters(hyper)))
         for path, marked in found.free.items():
             maker.value(marked, torch.empty(0, device="cpu"), "", path, {})
             self._free[path[len(key) + len(".state.") :]] = marked
@@ -126,7 +118,6 @@ class OptimizerTarget:
         """Attach the slots, and set the hyperparameters; a parameter without saved state has none afterwards."""
         optimizer = self.optimizer
         slots = [(parameter, given.fill(made)) for parameter, made in self._slots]
-        groups = [(group.live, _placed(group)) for group in self._groups]
         if self._extras:
             self._load_by_itself(slots, {name: given.fill(marked) for name, marked in self._extras.items()})
         for parameter, made in slots:
@@ -136,8 +127,9 @@ class OptimizerTarget:
                 optimizer.state.pop(parameter, None)
         for name, marked in self._free.items():
             optimizer.state[name] = given.fill(marked)  # type: ignore[index]
-        for live, hyper in groups:
-            live.update(hyper)
+        for index, hyper in self._groups:
+            live = optimizer.param_groups[index]
+            live.update(_placed(live, hyper))
 
     def _load_by_itself(self, slots: list[tuple[torch.Tensor, _Slots]], extras: dict[str, Any]) -> None:
         """Let an optimizer with a `load_state_dict` of its own take what only it knows of."""
@@ -243,14 +235,14 @@ def _equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other or one != one)  # noqa: PLR0124 - nan is itself
 
 
-def _placed(group: _Group) -> dict[str, Any]:
+def _placed(group: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, Any]:
     """Hyperparameters with their tensors where the live ones are, in the very tensors if they fit."""
     device = None
-    if group.live["params"] and group.hyper.get("capturable"):
-        device = group.live["params"][0].device
+    if group["params"] and hyper.get("capturable"):
+        device = group["params"][0].device
     placed = {}
-    for name, value in group.hyper.items():
-        live = group.live.get(name)
+    for name, value in hyper.items():
+        live = group.get(name)
         if isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor):
             if live.shape == value.shape and live.dtype == value.dtype:
                 with torch.no_grad():
@@ -345,7 +337,7 @@ class _Maker:
         shard = self._parameters.shards.get(id(parameter))
         whole = shard.global_shape if shard is not None else tuple(parameter.shape)
         then = self._saved.find(self._naming.tensor(name)) if name else None
-        if then is not None and dtype == then.dtype != parameter.dtype:
+        if then is not None and slot != "step" and dtype == then.dtype != parameter.dtype:
             dtype = parameter.dtype  # a slot of its parameter's dtype follows it to another
         alike = bool(name) and slot != "step" and shape == (whole if then is None else then.shape)
         if alike:

@@ -6,6 +6,7 @@ changes nothing in the state. Knows no files: a checkpoint is known by its names
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -105,6 +106,16 @@ class _Index:
         for path in saved.values:
             self.values.setdefault(self._top(path), []).append(path)
 
+        self._sorted: list[str] | None = None
+
+    def below(self, path: str) -> list[str]:
+        """All names that begin with `<path>.`, of tensors and of values."""
+        if self._sorted is None:
+            groups = (*self.tensors.values(), *self.values.values())
+            self._sorted = sorted({name for group in groups for name in group})
+        start = bisect_left(self._sorted, path + ".")
+        return self._sorted[start : bisect_left(self._sorted, path + "/", start)]  # the character after the dot
+
     def _top(self, name: str) -> str:
         at = len(name)
         while at > 0:
@@ -160,7 +171,9 @@ class _Value:
         for parent, slot, marked in self.new:
             current = parent[slot]
             filled = given.fill(marked, current, wrap=True)
-            if filled is not ABSENT and filled is not current:
+            if isinstance(current, PerRank) and not isinstance(filled, PerRank):
+                current.value = filled
+            elif filled is not ABSENT and filled is not current:
                 replace(parent, slot, filled)
 
 
@@ -228,7 +241,7 @@ class _Matching:
         elif isinstance(value, torch.Tensor) and (top or isinstance(value, DTensor) or self._fits(path, value)):
             self._inventory.tensor(path, value)
         else:
-            marked = PerRankRef(path) if isinstance(value, PerRank | RNG) else self._tree(path, value)
+            marked = self._tree(path, value)
             if marked is not ABSENT:
                 part.new.append((parent, slot, marked))
 
@@ -262,13 +275,24 @@ class _Matching:
         if saved.find(path) is not None:
             return TensorRef(path)
         # A dict that was spread, where there is something else now
-        below = [name for name in saved.values if name.startswith(path + ".")]
-        tensors = [name for names in (saved.tensors, saved.aliases) for name in names if name.startswith(path + ".")]
-        if not below and not tensors:
+        leaves: dict[str, Any] = {}
+        inner: set[str] = set()
+        for name in self._index.below(path):
+            if name not in saved.values:
+                leaves[name] = TensorRef(name)
+                continue
+            self._wanted.add(name)
+            value = saved.values[name]
+            if isinstance(value, Disassembled):
+                leaves[name] = TensorRef(name)
+                inner.update(f"{name}.{part}" for part in value.parts)
+            else:
+                leaves[name] = value
+                inner.update(mark.name for mark in references(value) if isinstance(mark, TensorRef))
+        leaves = {name: value for name, value in leaves.items() if name not in inner}
+        if not leaves:
             return ABSENT
-        self._wanted.update(below)
         flat = next((entry.get("flat", ()) for key, entry in saved.entries.items() if _within(path, key)), ())
-        leaves = {name: saved.values[name] for name in below} | {name: TensorRef(name) for name in tensors}
         return rejoin(path, leaves, flat)
 
     def _tensor(self, name: str, live: Inventory, path: str) -> None:

@@ -93,9 +93,7 @@ def joined(parts: list[Saved]) -> Saved:
 
 def saved_state(saved: Saved) -> SavedState:
     """What a manifest would say of it."""
-    return SavedState(
-        tensors=saved.tensors, aliases=saved.aliases, values=decoded(saved.values), entries=saved.entries
-    )
+    return SavedState(tensors=saved.tensors, aliases=saved.aliases, values=decoded(saved.values), entries=saved.entries)
 
 
 def load(state: Any, saved: Saved, *, rank: int = 0, same_world: bool = True) -> Target:

@@ -84,9 +84,10 @@ def train(net: Net, state: State, steps: range) -> None:
     optimizers = [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]
     for seed in steps:
         generator = torch.Generator().manual_seed(seed)
+        batch = torch.randint(11, (8,), generator=generator)
         torch.manual_seed(seed)
 
-        def closure(batch: torch.Tensor = torch.randint(11, (8,), generator=generator)) -> torch.Tensor:
+        def closure(batch: torch.Tensor = batch) -> torch.Tensor:
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss = nn.functional.cross_entropy(net(batch), batch)

@@ -225,7 +225,7 @@ def test_fsdp1_is_refused_with_the_way_out() -> None:
 def test_scripted_modules_are_walked_like_others() -> None:
     inner = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     saved = save({"model": inner})
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
         scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
     target = load({"model": scripted}, saved)
     assert (target.missing, target.unexpected) == ([], [])

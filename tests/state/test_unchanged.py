@@ -20,8 +20,8 @@ OPTIMIZERS = [
     lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
     lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
     lambda parameters: torch.optim.Adam(parameters, lr=torch.tensor(0.1), capturable=False, amsgrad=True),
-    lambda parameters: torch.optim.Adafactor(parameters),
-    lambda parameters: torch.optim.LBFGS(parameters),
+    torch.optim.Adafactor,
+    torch.optim.LBFGS,
 ]
 
 
@@ -38,7 +38,7 @@ def everything(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
             "grads": [parameter.grad for parameter in module.parameters()],
             "state": list(optimizer.state.values()),
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-            "random": [random.getstate(), str(np.random.get_state()), torch.get_rng_state()],
+            "random": [random.getstate(), str(np.random.get_state()), torch.get_rng_state()],  # noqa: NPY002
         }
     )
 

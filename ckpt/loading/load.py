@@ -146,6 +146,7 @@ class _Load:
             aliases=manifest.aliases,
             values=self._values,
             entries=manifest.entries,
+            require=self.checkpoint.reader.require,
         )
         same_world = manifest.per_rank_world_size == self._group.world_size
         own = self.checkpoint.per_rank(self._group.rank) if same_world else None

@@ -346,8 +346,7 @@ class _Maker:
         if there is not None and self._fits(full, there, dtype, shape):
             self._inventory.adopt(full, self._live)
             return there
-        with torch.no_grad():
-            return self._new(full, dtype, shape, parameter, slot, hyper, alike=alike)
+        return self._new(full, dtype, shape, parameter, slot, hyper, alike=alike)
 
     def _fits(self, full: str, there: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         described = self._live.local.tensors.get(self._live.local.aliases.get(full, full))
@@ -382,8 +381,10 @@ class _Maker:
             moves = slot != "step" or hyper.get("capturable") or hyper.get("fused")
             made = torch.empty((), dtype=dtype, device=parameter.device if moves else "cpu")
         elif isinstance(parameter, DTensor):
+            self._saved.require(full)
             made = replicated(parameter, shape, dtype)
         else:
+            self._saved.require(full)
             made = torch.empty(shape, dtype=dtype, device=parameter.device)
         self._inventory.tensor(full, made)
         return made

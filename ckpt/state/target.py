@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from ckpt.state.collector import paused_collector
 from ckpt.state.containers import is_spread, references, rejoin, replace
 from ckpt.state.entries import Entry, entries_of
 from ckpt.state.flatten import note_parameters
@@ -63,6 +64,8 @@ class Target:
         self.per_rank_skipped = given.skipped
 
 
+@paused_collector()
+@torch.no_grad()
 def build_target(state: Mapping[str, object], saved: SavedState) -> Target:
     """Match a state with a checkpoint.
 
@@ -320,6 +323,7 @@ class _Matching:
             self._inventory.adopt(name, live)
         else:
             device = live.live[name].device if name in live.live else "cpu"
+            self._saved.require(name)
             self._inventory.tensor(name, torch.empty(found.shape, dtype=found.dtype, device=device))
 
     def finish(self) -> Target:

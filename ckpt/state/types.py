@@ -5,7 +5,7 @@ Saving reads from these, loading writes into them. This module knows nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -83,6 +83,10 @@ class SavedTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+def _believe(name: str) -> None:
+    """Nothing to check a claim against."""
+
+
 @dataclass(kw_only=True, slots=True)
 class SavedState:
     """What a checkpoint says of a whole state: the counterpart of `LocalState`, without a byte of a tensor read."""
@@ -92,6 +96,8 @@ class SavedState:
     values: Mapping[str, Any] = field(default_factory=dict)
     """Path -> decoded value, with `TensorRef` and `PerRankRef` in it."""
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    require: Callable[[str], object] = _believe
+    """Called with the name of a tensor before memory is made by the shape it claims; raises if the claim is false."""
 
     def find(self, name: str) -> SavedTensor | None:
         """The tensor of that name, or the one it is tied to."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import EllipsisType, TracebackType
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from ckpt_formats.manifest import BLOB_PREFIX, Manifest, TensorMeta, rank_blob
 from ckpt_formats.native.reader import open_native
 from ckpt_formats.reading import Reader, ReadStats, Request
 from ckpt_formats.safetensors_file import parse_json
+from ckpt_formats.values.tree import brief
 
 Index = int | slice | EllipsisType
 Leaves = Mapping[str, Callable[[Any, str], object]]
@@ -161,11 +163,20 @@ class Checkpoint:
 
     def decode(self, encoded: Any, path: str, *, lenient: bool = False, leaf: Leaves | None = None) -> Any:
         """A value of the manifest from its encoded form; large payloads are fetched from where they lie."""
-        return values.decode(encoded, path, blob=self._referred, lenient=lenient, leaf=leaf)
+        return values.decode(encoded, path, blob=partial(self._referred, path), lenient=lenient, leaf=leaf)
 
-    def _referred(self, reference: Any) -> bytes:
-        if not isinstance(reference, str) or not reference.startswith(BLOB_PREFIX):
-            raise FormatError(f"{self.path}: a value refers to {reference!r}, which is no payload", path=self.path)
+    def _referred(self, path: str, reference: Any) -> bytes:
+        if (
+            not isinstance(reference, str)
+            or not reference.startswith(BLOB_PREFIX)
+            or reference not in self.manifest.tensors
+        ):
+            raise FormatError(
+                f"{self.path}: the value {path!r} refers to {brief(reference)}, and there is no such payload; the "
+                "checkpoint was written wrongly or tampered with",
+                path=self.path,
+                tensor=path,
+            )
         return self.blob(reference)
 
     def read(self, requests: list[Request], *, threads: int | None = None) -> ReadStats:

@@ -202,8 +202,10 @@ class Reader:
             if target.flags.c_contiguous:
                 flat = target.reshape(-1)
                 itemsize = meta.dtype.itemsize
-                for first in range(0, length, SPAN):
-                    last = min(first + SPAN, length)
+                # whole blocks, whatever their size
+                span = max(SPAN - SPAN % block_size, block_size)
+                for first in range(0, length, span):
+                    last = min(first + span, length)
                     run = flat[first // itemsize : last // itemsize]
                     direct.append(
                         _Piece(source, start + first, start + last, meta, row, first, chunk, None, run, origin)

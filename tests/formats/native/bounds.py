@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy.ma  # noqa: F401 - numpy imports it when it is first needed, which executes code
+
 SECONDS = 2.0
 MEMORY = 1 << 30
 """Bytes of address space that may be taken: threads and their heaps reserve some hundred MiB, claims are of TiB."""
@@ -27,9 +29,9 @@ _allowed = ""
 
 @contextmanager
 def bounded(folder: Path) -> Iterator[None]:
-    """Fail what is done inside if it takes too long, reserves memory without limit (MemoryError), executes anything, changes a
-    file, or opens one outside of `folder`."""
-    global _seen, _allowed  # noqa: PLW0603 - an audit hook can't be removed, so there is one, which is told when to look
+    """Fail what is done inside if it takes too long, reserves memory without limit (MemoryError), executes anything,
+    changes a file, or opens one outside of `folder`."""
+    global _seen, _allowed
     _install()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -1,16 +1,22 @@
 """A small whole checkpoint in which everything of the format occurs, written without a process group.
 
-Two writers; tensors that are whole, cut, tied, empty and 0-d; chunks of less than a block and of several; dtypes with and
-without a safetensors name; padding; a large value apart; per-rank values.
+Two writers; tensors that are whole, cut, tied, empty and 0-d; chunks of less than a block and of several; dtypes with
+and without a safetensors name; padding; a large value apart; per-rank values.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from ckpt.saving.commit import Contents, Part, commit
+from ckpt.saving.sources import BytesSource
+from ckpt.storage.data_file import Chunk, Staging, write_data_file
+from ckpt.storage.files import Files
+from ckpt.storage.publish import prepare_folder
 from ckpt_formats.arrays import AnyArray
 from ckpt_formats.digest import hexdigest
 from ckpt_formats.dtypes import dtype
@@ -18,19 +24,13 @@ from ckpt_formats.geometry import Box
 from ckpt_formats.manifest import BLOB_PREFIX, rank_blob
 from ckpt_formats.values import encode
 
-from ckpt.saving.commit import Contents, Part, commit
-from ckpt.saving.sources import BytesSource
-from ckpt.storage.data_file import Chunk, Staging, write_data_file
-from ckpt.storage.files import Files
-from ckpt.storage.publish import prepare_folder
-
 ATTEMPT = "00112233445566aa"
 PAYLOAD = bytes(range(256)) * 40
 BLOB = BLOB_PREFIX + hexdigest(PAYLOAD)
 PER_RANK = {"sampler": "a per-rank value"}
 
 
-def tensors() -> dict[str, tuple[str, AnyArray, list[tuple[int, Box]]]]:
+def tensors(big_rows: int = 701) -> dict[str, tuple[str, AnyArray, list[tuple[int, Box]]]]:
     """Name -> dtype, raw elements, and which writer has which box."""
     rng = np.random.default_rng(0)
 
@@ -49,10 +49,10 @@ def tensors() -> dict[str, tuple[str, AnyArray, list[tuple[int, Box]]]]:
         (1, Box((4, 5), (1, 3))),
         (0, Box((5, 5), (1, 3))),
     ]
-    halves = [(0, Box((0, 0), (700, 500))), (1, Box((700, 0), (1, 500)))]
+    halves = [(0, Box((0, 0), (big_rows - 1, 500))), (1, Box((big_rows - 1, 0), (1, 500)))]
     return {
         "model.bias": ("bfloat16", elements("bfloat16", 7), whole(0, 7)),
-        "model.big": ("float32", elements("float32", 701, 500), halves),
+        "model.big": ("float32", elements("float32", big_rows, 500), halves),
         "model.complex": ("complex128", elements("complex128", 3), whole(1, 3)),
         "model.empty": ("int8", elements("int8", 0, 3), []),
         "model.flags": ("bool", elements("bool", 9), whole(0, 9)),
@@ -61,15 +61,16 @@ def tensors() -> dict[str, tuple[str, AnyArray, list[tuple[int, Box]]]]:
     }
 
 
-VALUES = {"model.epoch": 3, "model.order": [1, (2, 3)], "model.payload": PAYLOAD}
+PLAIN = {"epoch": 3, "order": [1, (2, 3)], "payload": PAYLOAD}
+"""Plain values beside the tensors of the one entry, `model`."""
 ALIASES = {"model.tied": "model.weight"}
 
 
-def write_whole(folder: Path) -> dict[str, AnyArray]:
+def write_whole(folder: Path, big_rows: int = 701) -> dict[str, AnyArray]:
     """Write the checkpoint to `folder`; returns its tensors, tied names included, as raw elements."""
     files, staging = Files(), Staging(2, 1 << 20)
     place = prepare_folder(files, str(folder))
-    known = tensors()
+    known = tensors(big_rows)
     chunks: list[list[Chunk]] = [[], []]
     for name, (of, array, boxes) in known.items():
         for writer, box in boxes:
@@ -91,7 +92,7 @@ def write_whole(folder: Path) -> dict[str, AnyArray]:
         step=3,
         tensors=described,
         aliases=ALIASES,
-        values={path: encode(value, path, blob=lambda _: BLOB) for path, value in VALUES.items()},
+        values={"model": _model(known)},
         entries={"model": {"kind": "stateful"}},
         layout={"world_size": 2, "meshes": [], "cuts": [{"mesh": None, "cut": ""}]},
         provenance={"writer": "tests"},
@@ -100,6 +101,14 @@ def write_whole(folder: Path) -> dict[str, AnyArray]:
     return {name: array for name, (_, array, _) in known.items()} | {
         alias: known[name][1] for alias, name in ALIASES.items()
     }
+
+
+def _model(names: Iterable[str]) -> dict[str, object]:
+    """The value of the one entry: tensors by reference, and plain values beside them."""
+    value: dict[str, object] = {name.removeprefix("model."): {"$tensor": name} for name in (*names, *ALIASES)}
+    for key, plain in PLAIN.items():
+        value[key] = encode(plain, f"model.{key}", blob=lambda _: BLOB)
+    return value
 
 
 def bitwise_equal(a: Mapping[str, AnyArray], b: Mapping[str, AnyArray]) -> bool:

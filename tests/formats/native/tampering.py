@@ -26,7 +26,7 @@ class Tampered:
         pages: the columns of each index page.
         data: the bytes of each data file.
         page_bytes: page number -> bytes to write in the place of its columns.
-        page_digests: what the root says in the place of the pages' digests, if it is not None.
+        page_digests: what the root says in the place of the pages' digests, unless it is `...`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class Tampered:
             self.pages.append({name: np.array(column) for name, column in columns.items()})
         self.data = [bytearray((folder / file["path"]).read_bytes()) for file in self.root["files"]]
         self.page_bytes: dict[int, bytes] = {}
-        self.page_digests: object = None
+        self.page_digests: object = ...
         self._page_paths = [page["path"] for page in self.root["pages"]]
         self._data_paths = [file["path"] for file in self.root["files"]]
 
@@ -122,7 +122,7 @@ class Tampered:
             pages[number]["size"] = len(packed)
             if isinstance(size, int) and size > 0:
                 digests = [digest(packed[at : at + size]).hex() for at in range(0, len(packed), size)]
-                pages[number]["digests"] = digests if self.page_digests is None else self.page_digests
+                pages[number]["digests"] = digests if self.page_digests is ... else self.page_digests
 
 
 def seal_root(text: bytes) -> bytes:

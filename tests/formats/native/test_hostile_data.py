@@ -197,6 +197,19 @@ def test_hostile_value_is_refused_or_stays_opaque(whole: Path, tmp_path: Path, v
         verify(folder)
 
 
+def _epoch(folder: Path) -> object:
+    try:
+        with open_checkpoint(folder) as checkpoint:
+            return checkpoint.values["model"]["epoch"]
+    except CheckpointError as error:
+        return error
+
+
+def _names_the_value(error: CheckpointError) -> None:
+    assert "model" in str(error)
+    assert len(str(error)) < 1500
+
+
 RANKS = [
     b"",
     b"[]",

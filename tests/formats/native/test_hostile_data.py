@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import ckpt
+from ckpt_formats.checkpoint import open_checkpoint
 from ckpt_formats.errors import CheckpointError, CorruptionError, FormatError
 from ckpt_formats.manifest import rank_blob
 from ckpt_formats.values import Opaque

@@ -88,7 +88,7 @@ def references(value: Any) -> Iterable[TensorRef | PerRankRef]:
 
 def replace(parent: Any, key: Any, new: object) -> None:
     """Make `parent[key]` equal to `new`, keeping the dicts, lists and generators that are there already."""
-    live = parent[key] if key in parent or isinstance(parent, list) else None
+    live = parent[key] if isinstance(parent, list | tuple) or key in parent else None
     if isinstance(live, MutableMapping) and isinstance(new, dict):
         for gone in [key for key in live if key not in new]:
             del live[gone]

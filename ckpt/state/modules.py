@@ -216,8 +216,11 @@ def _is_custom(module: nn.Module, traits: _Traits, loading: bool) -> bool:
 def _note_fsdp(module: Any, found: ModuleState) -> None:
     """Find the sharded form of the parameters that this FSDP2 module, or one that shares its group, holds gathered."""
     found.fsdp.append(module)
-    for group in module._get_fsdp_state()._fsdp_param_groups:
-        if group.is_sharded:
+    state = module._get_fsdp_state()
+    # older releases of torch have one group or none
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for group in groups:
+        if group is None or group.is_sharded:
             continue
         for parameter in group.fsdp_params:
             where = parameter._module_info

@@ -28,6 +28,8 @@ from ckpt_formats.errors import MissingTensorError, StateError, StateMismatchErr
 
 __all__ = ["Target", "build_target"]
 
+_CHANGED_IN_PLACE = (dict, list, PerRank, RNG, torch.Generator)
+
 
 class Target:
     """What loading has to fill on this rank.
@@ -245,8 +247,14 @@ class _Matching:
             self._inventory.tensor(path, value)
         else:
             marked = self._tree(path, value)
-            if marked is not ABSENT:
-                part.new.append((parent, slot, marked))
+            if marked is ABSENT:
+                return
+            if not hasattr(parent, "__setitem__") and not isinstance(value, _CHANGED_IN_PLACE):
+                raise StateError(
+                    f"{path!r} can't be replaced in a {type(parent).__qualname__}; put it into a dict or a list",
+                    tensor=path,
+                )
+            part.new.append((parent, slot, marked))
 
     def _fits(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a tensor can be filled in place (one that the checkpoint doesn't have is as good as that)."""

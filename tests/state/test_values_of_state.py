@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.state import RNG, PerRank, PerRankRef, Shard, TensorRef, build_target, flatten
+from ckpt_formats.errors import StateError
 from tests.state.in_memory import load, same_bits, save, saved_state
 
 
@@ -119,8 +121,6 @@ def plain(value: Any) -> Any:
 
 @given(st.dictionaries(keys, trees, max_size=3))
 def test_any_container_comes_back_whole_unless_its_names_collide(value: dict[str, Any]) -> None:
-    from ckpt_formats.errors import StateError
-
     try:
         saved = save({"x": value})
     except StateError as error:
@@ -164,6 +164,18 @@ def test_modules_and_optimizers_in_lists_are_entries_of_their_own() -> None:
     assert other["train"]["step"] == 3
     assert same_bits(other["parts"][1].weight, state["parts"][1].weight)
     assert len(other["train"]["optimizers"][1].state) == 2
+
+
+def test_what_can_not_be_replaced_is_refused_before_anything_is_loaded() -> None:
+    saved = save({"x": (torch.nn.Linear(1, 1), 3, [4])})
+    list_in_tuple: list[int] = []
+    with pytest.raises(StateError, match=r"'x\.1' can't be replaced in a tuple"):
+        build_target({"x": (torch.nn.Linear(1, 1), 0, list_in_tuple)}, saved_state(saved))
+    with pytest.raises(StateError, match=r"'step' can't be replaced in a mappingproxy"):
+        build_target(MappingProxyType({"step": 0}), saved_state(save({"step": 3})))
+    part = save({"x": (torch.nn.Linear(1, 1), [4])})
+    load({"x": (torch.nn.Linear(1, 1), list_in_tuple)}, part)
+    assert list_in_tuple == [4]
 
 
 def test_per_rank_values_are_kept_apart_and_come_back_as_such() -> None:

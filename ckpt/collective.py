@@ -8,7 +8,8 @@ limit. Payloads are bytes of our own making; nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,20 @@ ProcessGroup = dist.ProcessGroup
 
 _OK = b"\0"
 _FAILED = b"\1"
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Make torch's error about a rank that is gone one of ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()
+        raise RankError(
+            "another rank died, or did not answer within the process group's time limit, while ranks took part in "
+            f"the same save or load ({reason[0] if reason else type(error).__name__}); start the ranks anew, and go on from "
+            "the last committed checkpoint"
+        ) from error
 
 
 class Collective:
@@ -48,39 +63,41 @@ class Collective:
         """Every rank's payload in rank order, on rank 0; None elsewhere."""
         if self.world_size == 1:
             return [payload]
-        sizes = self._sizes(len(payload))
-        longest = max(sizes)
-        mine = self._tensor(payload, longest)
-        if self.rank:
-            dist.gather(mine, None, group=self._group, group_dst=0)
-            return None
-        everyone = [torch.empty_like(mine) for _ in sizes]
-        dist.gather(mine, everyone, group=self._group, group_dst=0)
+        with _together():
+            sizes = self._sizes(len(payload))
+            mine = self._tensor(payload, max(sizes))
+            if self.rank:
+                dist.gather(mine, None, group=self._group, group_dst=0)
+                return None
+            everyone = [torch.empty_like(mine) for _ in sizes]
+            dist.gather(mine, everyone, group=self._group, group_dst=0)
         return [self._bytes(tensor, size) for tensor, size in zip(everyone, sizes, strict=True)]
 
     def scatter(self, payloads: Sequence[bytes] | None) -> bytes:
         """Rank k gets payloads[k] of rank 0, which alone gives them."""
         if self.world_size == 1 and payloads is not None:
             return payloads[0]
-        sizes = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
-        if payloads is not None:
-            sizes = torch.tensor([len(payload) for payload in payloads], dtype=torch.int64, device=self._device)
-        dist.broadcast(sizes, group=self._group, group_src=0)
-        longest = int(sizes.max())
-        mine = torch.empty(longest, dtype=torch.uint8, device=self._device)
-        parts = None if payloads is None else [self._tensor(payload, longest) for payload in payloads]
-        dist.scatter(mine, parts, group=self._group, group_src=0)
+        with _together():
+            sizes = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
+            if payloads is not None:
+                sizes = torch.tensor([len(payload) for payload in payloads], dtype=torch.int64, device=self._device)
+            dist.broadcast(sizes, group=self._group, group_src=0)
+            longest = int(sizes.max())
+            mine = torch.empty(longest, dtype=torch.uint8, device=self._device)
+            parts = None if payloads is None else [self._tensor(payload, longest) for payload in payloads]
+            dist.scatter(mine, parts, group=self._group, group_src=0)
         return self._bytes(mine, int(sizes[self.rank]))
 
     def broadcast(self, payload: bytes | None) -> bytes:
         """Everybody gets the payload of rank 0, which alone gives it."""
         if self.world_size == 1 and payload is not None:
             return payload
-        size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=self._device)
-        dist.broadcast(size, group=self._group, group_src=0)
-        count = int(size)
-        tensor = self._tensor(payload or b"", count)
-        dist.broadcast(tensor, group=self._group, group_src=0)
+        with _together():
+            size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=self._device)
+            dist.broadcast(size, group=self._group, group_src=0)
+            count = int(size)
+            tensor = self._tensor(payload or b"", count)
+            dist.broadcast(tensor, group=self._group, group_src=0)
         return self._bytes(tensor, count)
 
     def exchange(self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], bytes]) -> bytes:

@@ -6,6 +6,7 @@ live memory where it can. All ranks of a process group take part only to learn o
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -82,8 +83,13 @@ def _run(state: MutableMapping[str, object], folder: str, strict: bool, cast: bo
             load.plan()
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks learn it
         failure = error
-    # nothing is touched before every rank has found that it can load
     with phases("agree"):
+        load.compare(failure)
+        try:
+            load.check()
+        except CheckpointError as error:
+            failure = error
+        # nothing is touched before every rank has found that it can load
         group.agree(failure)
     try:
         with phases("read"):
@@ -103,7 +109,7 @@ def _run(state: MutableMapping[str, object], folder: str, strict: bool, cast: bo
         seconds=phases.total,
         phases=phases.seconds,
         missing=target.missing,
-        unexpected=target.unexpected,
+        unexpected=load.unexpected,
         per_rank_skipped=target.per_rank_skipped,
     )
 
@@ -132,13 +138,13 @@ class _Load:
         self.stats = ReadStats()
 
     def plan(self) -> None:
-        """Open, match names, shapes and dtypes, and check what the checkpoint claims. Touches nothing."""
+        """Open the checkpoint and match it with the state. Touches nothing."""
         self.checkpoint = open_checkpoint(self._path)
         manifest = self.checkpoint.manifest
         self._values = {
             path: self.checkpoint.decode(value, path, leaf=LEAVES)
             for path, value in manifest.values.items()
-            if _top(path, manifest.entries) in self._state
+            if any(prefix in self._state for prefix in _prefixes(path))
         }
         metas = manifest.model_tensors
         saved = SavedState(
@@ -155,16 +161,28 @@ class _Load:
             if own is None
             else {path: self.checkpoint.decode(value, path, leaf=LEAVES) for path, value in own.items()}
         )
+        self._saved = saved
         self.target = build_target(self._state, saved)
-        self._check(saved)
 
-    def _check(self, saved: SavedState) -> None:
-        target = self.target
-        if self._strict and (target.missing or target.unexpected):
+    def compare(self, failure: BaseException | None) -> None:
+        """Find out which names no rank expects: with pipeline stages, each rank has only some of the checkpoint's."""
+        mine = [] if failure is not None else list(self.target.unexpected)
+
+        def common(payloads: list[bytes]) -> bytes:
+            first, *others = (json.loads(payload) for payload in payloads)
+            rest = [set(other) for other in others]
+            return json.dumps([name for name in first if all(name in other for other in rest)]).encode()
+
+        self.unexpected: list[str] = json.loads(self._group.exchange(json.dumps(mine).encode(), failure, common))
+
+    def check(self) -> None:
+        """Refuse names, shapes and dtypes that differ."""
+        target, saved = self.target, self._saved
+        if self._strict and (target.missing or self.unexpected):
             raise StateMismatchError(
                 f"{self._path} does not fit the state."
                 + _listed("In the state but not in the checkpoint", target.missing)
-                + _listed("In the checkpoint but not in the state", target.unexpected)
+                + _listed("In the checkpoint but not in the state", self.unexpected)
                 + " Give the state that was saved, or strict=False to load what they have in common",
                 path=self._path,
             )
@@ -236,14 +254,11 @@ def _bounded(box: Box, itemsize: int) -> Iterator[Box]:
             yield Box(tuple(o + b for o, b in zip(part.offsets, box.offsets, strict=True)), part.sizes)
 
 
-def _top(path: str, entries: Mapping[str, object]) -> str:
-    """The top-level entry that a value's path lies in; entries may have dots in their names."""
-    at = len(path)
-    while at > 0:
-        if path[:at] in entries:
-            return path[:at]
-        at = path.rfind(".", 0, at)
-    return path
+def _prefixes(path: str) -> Iterator[str]:
+    """`a.b.c`, `a.b`, `a`: the names that a value at this path may belong to; names may have dots in them."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def _listed(what: str, names: Sequence[str]) -> str:

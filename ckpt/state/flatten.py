@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ckpt.state.collector import paused_collector
+from ckpt import collector
 from ckpt.state.containers import spread
 from ckpt.state.entries import Entry, entries_of, python_paths
 from ckpt.state.inventory import Inventory, NameTakenError
@@ -21,7 +21,7 @@ from ckpt.state.types import LocalState, Shard
 __all__ = ["flatten", "note_parameters"]
 
 
-@paused_collector()
+@collector.paused()
 def flatten(state: Mapping[str, object]) -> LocalState:
     """Take a state apart: names, boxes over live memory, and plain values.
 

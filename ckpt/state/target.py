@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ckpt.state.collector import paused_collector
+from ckpt import collector
 from ckpt.state.containers import is_spread, references, rejoin, replace
 from ckpt.state.entries import Entry, entries_of
 from ckpt.state.flatten import note_parameters
@@ -66,7 +66,7 @@ class Target:
         self.per_rank_skipped = given.skipped
 
 
-@paused_collector()
+@collector.paused()
 @torch.no_grad()
 def build_target(state: Mapping[str, object], saved: SavedState) -> Target:
     """Match a state with a checkpoint.

@@ -139,6 +139,7 @@ class _Stream:
         self._writes: list[Future[None]] = []
         self._base = 0
         self._buffer = staging.acquire()
+        self._held = True
         self.window = memoryview(self._buffer)
         self.at = 0
         """Bytes of the window that are filled."""
@@ -162,11 +163,13 @@ class _Stream:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="ckpt-write")
         self._writes.append(self._pool.submit(self._write, self._buffer, self._base, self.at))
+        self._held = False  # the writer has it now, and gives it back
         for write in [write for write in self._writes if write.done()]:
             self._writes.remove(write)
             write.result()
         self._base += self.at
         self._buffer = self._staging.acquire()
+        self._held = True
         self.window = memoryview(self._buffer)
         self.at = 0
 
@@ -194,7 +197,9 @@ class _Stream:
         """Wait for the threads and give the buffers back, whatever happened."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
-        self._staging.release(self._buffer)
+        if self._held:
+            self._staging.release(self._buffer)
+            self._held = False
 
 
 def _write_chunks(stream: _Stream, layout: FileLayout, chunks: Sequence[Chunk]) -> IndexRows:

@@ -67,9 +67,18 @@ class File:
 class Files:
     """The changes a save makes to a mounted file system. All methods raise OSError."""
 
-    def make_folders(self, path: str) -> list[str]:
-        """Make a folder and those above it; returns the ones that were made, the outermost first."""
-        made: list[str] = []
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def first_time(self, path: str) -> bool:
+        """Whether this is the first time that this is asked for a path: for what need be done only once."""
+        if path in self._seen:
+            return False
+        self._seen.add(path)
+        return True
+
+    def make_folders(self, path: str, made: list[str]) -> None:
+        """Make a folder and those above it; appends the ones that were made to `made`, the outermost first."""
         missing: list[str] = []
         at = path
         while not os.path.isdir(at):
@@ -86,7 +95,6 @@ class Files:
                 # another rank was faster, which is fine; a file of that name is not
                 if not os.path.isdir(folder):
                     raise
-        return made
 
     def make_folder(self, path: str) -> None:
         os.mkdir(path)

@@ -47,12 +47,20 @@ def prepare_folder(files: Files, path: str) -> Folder:
 
     Raises:
         CheckpointExistsError: a committed checkpoint lies there.
-        OSError: a folder can't be made.
+        SaveFailedError: a folder can't be made; those that were are removed again.
     """
     require_free(path)
-    made = files.make_folders(path)
-    for name in (names.DATA, names.INDEX):
-        made += files.make_folders(os.path.join(path, name))
+    made: list[str] = []
+    try:
+        for name in (names.DATA, names.INDEX):
+            files.make_folders(os.path.join(path, name), made)
+    except OSError as error:
+        _remove_folders(files, made)
+        raise SaveFailedError(
+            f"{path}: the checkpoint's folder can't be made ({error.strerror or error}); nothing was saved. "
+            "Save to another place, or make this one writable",
+            path=path,
+        ) from error
     return Folder(path, made)
 
 
@@ -102,10 +110,7 @@ def publish(files: Files, folder: Folder, root: Root) -> None:
     temporary = os.path.join(path, names.temporary_manifest(root.attempt))
     _write_small(files, temporary, encode(root))
     files.sync_folder(path)
-    # a folder that was made is an entry of the one above it; the checkpoint's own entry is made sure of in any case
-    for parent in {os.path.dirname(made) for made in folder.made} | {os.path.dirname(path)}:
-        if parent != path:
-            files.sync_folder(parent)
+    _sync_above(files, folder)
     try:
         # the commit: exclusive, so that of two attempts one wins; atomic, so that the root is whole or absent
         files.link(temporary, os.path.join(path, names.MANIFEST))
@@ -121,10 +126,42 @@ def publish(files: Files, folder: Folder, root: Root) -> None:
                 path=path,
             ) from error
         raise
-    files.sync_folder(path)
-    with contextlib.suppress(OSError):
-        # committed already: a second name that stays behind harms nobody
-        files.remove(temporary)
+    try:
+        files.sync_folder(path)
+    except OSError as error:
+        # too late to take it back: somebody may have found it already
+        raise SaveFailedError(
+            f"{path}: the checkpoint is committed and can be loaded, but the disk failed to say that it would outlast "
+            f"a power cut ({error.strerror or error}); check the disk, and save the next one elsewhere",
+            path=path,
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            # committed already: a second name that stays behind harms nobody
+            files.remove(temporary)
+
+
+def _sync_above(files: Files, folder: Folder) -> None:
+    """Sync the entries of the checkpoint's folder and of those above it.
+
+    Somebody else may have made the upper ones, without syncing them; so they are synced, too, once, as far as the file
+    system reaches and lets us.
+    """
+    path = folder.path
+    ours = {os.path.dirname(made) for made in folder.made} | {os.path.dirname(path)}
+    device = os.stat(path).st_dev
+    while (parent := os.path.dirname(path)) != path:
+        if parent in ours:
+            files.sync_folder(parent)
+        elif os.stat(parent).st_dev != device:
+            break
+        elif files.first_time(parent):
+            try:
+                files.sync_folder(parent)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP):
+                    raise
+        path = parent
 
 
 def discard(files: Files, folder: Folder, attempt: str) -> None:
@@ -148,9 +185,14 @@ def discard(files: Files, folder: Folder, attempt: str) -> None:
                 if attempt in entry:
                     with contextlib.suppress(OSError):
                         files.remove(os.path.join(inside, entry))
-    for made in reversed(folder.made):
+    _remove_folders(files, folder.made)
+
+
+def _remove_folders(files: Files, made: Sequence[str]) -> None:
+    """Remove folders that were made, unless there is something in them."""
+    for path in reversed(made):
         with contextlib.suppress(OSError):
-            files.remove_folder(made)
+            files.remove_folder(path)
 
 
 def _write_small(files: Files, path: str, data: bytes) -> None:

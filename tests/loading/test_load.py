@@ -277,3 +277,29 @@ def test_per_rank_values_of_another_world_size_are_kept_and_reported(tmp_path: P
         assert epoch == 7
         assert any("rng" in path for path in skipped)
         assert any("mine" in path for path in skipped)
+
+
+def test_modules_and_optimizers_in_lists_and_dicts_come_back(tmp_path: Path) -> None:
+    def build(seed: int) -> dict[str, object]:
+        torch.manual_seed(seed)
+        models = [torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)]
+        optimizers = {
+            "first": torch.optim.Adam(models[0].parameters(), lr=0.1 + seed),
+            "second": torch.optim.SGD(models[1].parameters(), lr=0.2 + seed, momentum=0.9),
+        }
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        return {"models": models, "optimizers": optimizers}
+
+    state, other = build(0), build(1)
+    ckpt.save(state, tmp_path / "a")
+    ckpt.load(other, tmp_path / "a")
+    for one, two in zip(state["models"], other["models"], strict=True):  # type: ignore[call-overload]
+        assert torch.equal(one.weight, two.weight)
+    first = other["optimizers"]["first"]  # type: ignore[index]
+    assert first.param_groups[0]["lr"] == 0.1
+    second = other["optimizers"]["second"]  # type: ignore[index]
+    assert second.param_groups[0]["lr"] == 0.2

@@ -59,7 +59,6 @@ class Attempt:
 @dataclass(slots=True)
 class Save:
     step: int
-    path: Path
     seconds: float
     bytes: int
 
@@ -229,7 +228,7 @@ class _Watch:
                 outcome.losses[facts["step"]] = facts["loss"]
                 outcome.step_seconds.append(facts["seconds"])
             case "saved":
-                outcome.saves.append(Save(facts["step"], Path(facts["path"]), facts["seconds"], facts["bytes"]))
+                outcome.saves.append(Save(facts["step"], facts["seconds"], facts["bytes"]))
             case "text":
                 outcome.text = facts["text"]
             case "done":

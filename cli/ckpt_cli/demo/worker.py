@@ -90,7 +90,7 @@ def train(task: Task, report: Reporter) -> None:
         if task.save_every and task.run is not None and step % task.save_every == 0:
             saved = ckpt.save(state, task.run / f"step_{step:08d}", step=step)
             if task.rank == 0:
-                report("saved", step=step, path=str(saved.path), seconds=saved.seconds, bytes=saved.bytes)
+                report("saved", step=step, seconds=saved.seconds, bytes=saved.bytes)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -111,21 +111,7 @@ def publish(files: Files, folder: Folder, root: Root) -> None:
     _write_small(files, temporary, encode(root))
     files.sync_folder(path)
     _sync_above(files, folder)
-    try:
-        # the commit: exclusive, so that of two attempts one wins; atomic, so that the root is whole or absent
-        files.link(temporary, os.path.join(path, names.MANIFEST))
-    except FileExistsError as error:
-        raise CheckpointExistsError(
-            f"{path}: another save committed a checkpoint here meanwhile; this one is given up", path=path
-        ) from error
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-            raise SaveFailedError(
-                f"{path}: the file system allows no hard links, which publish a checkpoint atomically; "
-                "save to one that does",
-                path=path,
-            ) from error
-        raise
+    _link(files, temporary, os.path.join(path, names.MANIFEST), path)
     try:
         files.sync_folder(path)
     except OSError as error:
@@ -139,6 +125,34 @@ def publish(files: Files, folder: Folder, root: Root) -> None:
         with contextlib.suppress(OSError):
             # committed already: a second name that stays behind harms nobody
             files.remove(temporary)
+
+
+def _link(files: Files, temporary: str, target: str, path: str) -> None:
+    """The commit: exclusive, so that of two attempts one wins; atomic, so that the root is whole or absent."""
+    try:
+        files.link(temporary, target)
+    except OSError as error:
+        # a network file system may do it, lose the answer, and fail when it tries again
+        if _is_linked(temporary, target):
+            return
+        if isinstance(error, FileExistsError):
+            raise CheckpointExistsError(
+                f"{path}: another save committed a checkpoint here meanwhile; this one is given up", path=path
+            ) from error
+        if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise SaveFailedError(
+                f"{path}: the file system allows no hard links, which publish a checkpoint atomically; "
+                "save to one that does",
+                path=path,
+            ) from error
+        raise
+
+
+def _is_linked(temporary: str, target: str) -> bool:
+    try:
+        return os.path.samefile(temporary, target)
+    except OSError:
+        return False
 
 
 def _sync_above(files: Files, folder: Folder) -> None:

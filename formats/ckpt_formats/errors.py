@@ -125,7 +125,8 @@ class LayoutError(CheckpointError, ValueError):
 
 
 class SaveFailedError(CheckpointError, RuntimeError):
-    """A save failed on some rank: nothing was committed, and earlier checkpoints are untouched."""
+    """A save failed on some rank: unless the message says otherwise, nothing was committed. Earlier checkpoints are
+    untouched."""
 
 
 class RankError(CheckpointError, RuntimeError):

@@ -1,0 +1,144 @@
+"""Every operation of a save on the file system, counted, and one of them made to fail or to kill.
+
+`Faulty` is the `Files` of a save; which operation comes to harm, and how, is a `Fault`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ckpt.storage.files import ALIGNMENT, File, Files
+
+
+class Operation(NamedTuple):
+    """One operation."""
+
+    kind: str
+    """mkdir, create, write, truncate, sync, sync_folder, link, remove or rmdir."""
+    path: str
+
+
+class Fault(NamedTuple):
+    """What happens to operation `point`, counted from 0."""
+
+    point: int
+    when: str
+    """`before` the operation, `after` it, or `half`way through it, which only writes can be."""
+    error: int | None
+    """The errno of the OSError that it ends in; None for a kill -9."""
+
+    def __str__(self) -> str:
+        what = "killed" if self.error is None else os.strerror(self.error)
+        return f"{what} {self.when} operation {self.point}"
+
+
+@dataclass
+class Watch:
+    """Counts operations, and lets a fault happen.
+
+    Attributes:
+        seen: the operations so far.
+        happened: whether the fault did happen.
+    """
+
+    fault: Fault | None = None
+    seen: list[Operation] = field(default_factory=list)
+    happened: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def step(self, kind: str, path: str, act: Callable[[], None], half: Callable[[], None] | None = None) -> None:
+        """Do one operation."""
+        with self._lock:
+            point = len(self.seen)
+            self.seen.append(Operation(kind, path))
+        fault = self.fault
+        if fault is None or fault.point != point or (fault.when == "half" and half is None):
+            act()
+            return
+        self.happened = True
+        if fault.when == "half" and half is not None:
+            half()
+        elif fault.when == "after":
+            act()
+        if fault.error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            raise OSError(fault.error, os.strerror(fault.error), path)
+
+
+class _WatchedFile(File):
+    def __init__(self, path: str, fd: int, direct: bool, watch: Watch) -> None:
+        super().__init__(path, fd, direct)
+        self._watch = watch
+
+    def write(self, data: memoryview, at: int) -> None:
+        half = len(data) // 2
+        if self.direct:
+            half -= half % ALIGNMENT
+        write = super().write
+        self._watch.step("write", self.path, lambda: write(data, at), lambda: write(data[:half], at))
+
+    def truncate(self, size: int) -> None:
+        self._watch.step("truncate", self.path, lambda: os.ftruncate(self._fd, size))
+
+    def sync(self) -> None:
+        self._watch.step("sync", self.path, lambda: os.fsync(self._fd))
+
+
+class Faulty(Files):
+    """The file system, watched."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def make_folder(self, path: str) -> None:
+        self.watch.step("mkdir", path, lambda: os.mkdir(path))
+
+    def create(self, path: str, *, direct: bool) -> File:
+        made: list[File] = []
+        create = super().create
+        try:
+            self.watch.step("create", path, lambda: made.append(create(path, direct=direct)))
+        except OSError:
+            for file in made:
+                file.close()
+            raise
+        (file,) = made
+        return _WatchedFile(path, file._fd, file.direct, self.watch)
+
+    def sync_folder(self, path: str) -> None:
+        sync = super().sync_folder
+        self.watch.step("sync_folder", path, lambda: sync(path))
+
+    def link(self, source: str, target: str) -> None:
+        self.watch.step("link", target, lambda: os.link(source, target))
+
+    def remove(self, path: str) -> None:
+        self.watch.step("remove", path, lambda: os.unlink(path))
+
+    def remove_folder(self, path: str) -> None:
+        self.watch.step("rmdir", path, lambda: os.rmdir(path))
+
+
+def kills(operations: list[Operation]) -> Iterator[Fault]:
+    """A kill at each point of a save; what comes after an operation comes before the next one."""
+    for point, operation in enumerate(operations):
+        yield Fault(point, "before", None)
+        if operation.kind == "write":
+            yield Fault(point, "half", None)
+    yield Fault(len(operations) - 1, "after", None)
+
+
+def errors(operations: list[Operation], code: int) -> Iterator[Fault]:
+    """An error of each operation: nothing of it was done, or half of it, or it was done and the error came too late."""
+    for point, operation in enumerate(operations):
+        yield Fault(point, "before", code)
+        yield Fault(point, "after", code)
+        if operation.kind == "write":
+            yield Fault(point, "half", code)

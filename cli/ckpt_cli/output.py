@@ -135,7 +135,7 @@ class Output:
         text = Text.assemble(*parts, overflow="fold")
         text.rstrip()
         if text.plain:
-            self._console.print(Padding(text, (0, 0, 0, indent)))
+            self._console.print(Padding(text, (0, 0, 0, indent), expand=False))
 
     def _folded(self, columns: Sequence[Column], rows: Sequence[Sequence[tuple[str, str]]], indent: int) -> None:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
@@ -143,7 +143,7 @@ class Output:
             table.add_column(justify="right" if column.right else "left", overflow="fold", no_wrap=not column.fold)
         for row in rows:
             table.add_row(*(Text(*cell) for cell in row))
-        self._console.print(Padding(table, (0, 0, 0, indent)))
+        self._console.print(Padding(table, (0, 0, 0, indent), expand=False))
 
 
 def _styled(cell: Cell) -> tuple[str, str]:

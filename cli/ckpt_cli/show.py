@@ -18,6 +18,7 @@ from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.describing import cut_of, value_text, writers_text
 from ckpt_formats.geometry import Box
 from ckpt_formats.manifest import TensorMeta
+from ckpt_formats.values import Opaque
 
 LISTED = 12
 """Values that are listed without --values."""
@@ -161,7 +162,8 @@ def _print_per_rank(out: Output, checkpoint: Checkpoint) -> None:
 
 
 def _print_full(out: Output, path: str, value: object) -> None:
-    lines = pformat(value, width=100, compact=True, sort_dicts=False).split("\n")
+    text = value_text(value) if isinstance(value, Opaque) else pformat(value, width=100, compact=True, sort_dicts=False)
+    lines = text.split("\n")
     out.line((f"  {path}", "bold"), f" = {lines[0]}" if len(lines) == 1 else " =")
     for line in lines if len(lines) > 1 else []:
         out.line(f"    {line}")

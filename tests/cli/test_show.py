@@ -1,0 +1,167 @@
+"""`ckpt show`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckpt as library
+from ckpt.transfer.reshard import reshard
+from ckpt_formats.layout import Mesh
+from tests.cli.command import ckpt, here
+from tests.cli.conftest import data_file, flip
+
+
+def test_a_checkpoint_in_full(checkpoint: Path) -> None:
+    done = ckpt("show", checkpoint)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[0] == f"{checkpoint}, step 100"
+    assert any(line.startswith("made by anyckpt ") and "torch" in line for line in lines)
+    assert "saved by 1 rank" in lines
+    assert "model module 5 5.9 KiB" in lines
+    assert "model.embed.weight float32 [100, 12] 4.7 KiB 1" in lines
+    assert "model.head.weight float32 [100, 12] = model.embed.weight" in lines
+    assert "big float32 [700, 500] 1.3 MiB 1" in lines
+    assert "epoch 3" in lines
+    assert "config {'dtype': <torch.dtype 'bfloat16'>, 'lr': 0.001}" in lines
+
+
+def test_how_tensors_are_cut(checkpoint: Path, tmp_path: Path) -> None:
+    reshard(checkpoint, tmp_path / "cut", Mesh.parse("dp=5"))
+    result = here("show", tmp_path / "cut", "model.embed.weight")
+    assert result.exit_code == 0
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "model.embed.weight float32 [100, 12] 4.7 KiB S(0)@dp 5" in lines
+    chunks = [line.split() for line in lines if line.startswith("[")]
+    assert [chunk[0] for chunk in chunks] == [f"[{k}:{k + 20},0:12]" for k in range(0, 100, 20)]
+    for rank, (_, file, _) in enumerate(chunks):
+        assert os.path.basename(file).startswith(f"{rank:05d}-")
+        assert (tmp_path / "cut" / file).is_file()
+
+
+def test_the_bytes_of_a_chunk_are_where_it_says(checkpoint: Path) -> None:
+    tree = json.loads(here("show", checkpoint, "big", "--json").stdout)
+    (chunk,) = tree["chunks"]
+    data = (checkpoint / chunk["file"]).read_bytes()[chunk["start"] : chunk["stop"]]
+    assert data == bytes(700 * 500 * 4)
+    assert len(chunk["digest"]) == 32
+
+
+def test_a_tied_name_shows_the_chunks_that_it_shares(checkpoint: Path) -> None:
+    tied = json.loads(here("show", checkpoint, "model.head.weight", "--json").stdout)
+    stored = json.loads(here("show", checkpoint, "model.embed.weight", "--json").stdout)
+    assert tied["chunks"] == stored["chunks"]
+    assert tied["aliases"] == {"model.head.weight": "model.embed.weight"}
+
+
+def test_a_pattern_limits_tensors_and_values(checkpoint: Path) -> None:
+    tree = json.loads(here("show", checkpoint, "model.*.bias", "--json").stdout)
+    assert list(tree["tensors"]) == ["model.layers.0.bias", "model.layers.1.bias"]
+    assert tree["values"] == {}
+    result = here("show", checkpoint, "ep*")
+    assert result.stdout.split() == ["value", "epoch", "3"]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_nothing_that_matches_is_exit_1(checkpoint: Path, options: tuple[str, ...]) -> None:
+    result = here("show", checkpoint, "model.embed.weigth", *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "did you mean 'model.embed.weight'" in result.stderr
+
+
+def test_values_in_full(checkpoint: Path) -> None:
+    done = ckpt("show", checkpoint, "--values")
+    assert done.returncode == 0
+    assert "  config = {'lr': 0.001, 'dtype': Opaque(tag='torch.dtype', payload='bfloat16')}\n" in done.stdout
+    assert "  rng = <each rank's own>\n" in done.stdout
+    assert "  rng (rank 0) =\n" in done.stdout
+    tree = json.loads(here("show", checkpoint, "--values", "--json").stdout)
+    assert tree["values"]["epoch"] == 3
+    assert list(tree["per_rank"]["0"]) == ["rng"]
+
+
+def test_json(checkpoint: Path) -> None:
+    tree = json.loads(ckpt("show", checkpoint, "--json").stdout)
+    assert set(tree) == {
+        "path",
+        "step",
+        "attempt",
+        "files",
+        "layout",
+        "provenance",
+        "entries",
+        "tensors",
+        "aliases",
+        "values",
+    }
+    assert tree["tensors"]["big"] == {
+        "dtype": "float32",
+        "shape": [700, 500],
+        "bytes": 1400000,
+        "cut": None,
+        "chunks": 1,
+    }
+    assert tree["entries"]["optimizer"]["kind"] == "optimizer"
+    assert tree["entries"]["big"] == {"kind": "tensor", "tensors": 1, "bytes": 1400000, "values": 0}
+
+
+def test_a_damaged_manifest_is_exit_1_and_no_checkpoint_exit_2(checkpoint: Path, tmp_path: Path) -> None:
+    flip(checkpoint / "manifest.json", 99)
+    done = ckpt("show", checkpoint)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "does not fit its own checksum" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert ckpt("show", tmp_path).returncode == 2
+
+
+def test_damage_where_a_value_lies_is_told(tmp_path: Path) -> None:
+    library.save({"big": b"x" * 100_000}, tmp_path / "a")
+    flip(data_file(tmp_path / "a"), -1)
+    result = here("show", tmp_path / "a")
+    assert result.exit_code == 1
+    assert "do not fit their checksum" in result.stderr
+
+
+HOSTILE = [
+    "w[0]",
+    "[bold]not bold[/bold]",
+    ":smile:",
+    "[link=http://x]",
+    "\x1b[31mred\x1b[0m\x07",
+    "a\u202eb",
+    "x\ny",
+    "\u200b",
+]
+
+
+def test_names_can_neither_style_nor_steer_a_terminal(tmp_path: Path) -> None:
+    library.save({name: torch.zeros(2) for name in HOSTILE}, tmp_path / "a")
+    done = ckpt("show", tmp_path / "a", env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"})
+    assert done.returncode == 0
+    for name in HOSTILE[:4]:
+        assert f"  {name}" in done.stdout
+    for name in HOSTILE[4:]:
+        assert name not in done.stdout
+        assert f"  {name.encode('unicode_escape').decode('ascii')}" in done.stdout
+    plain = ckpt("show", tmp_path / "a").stdout
+    assert all(character.isprintable() or character == "\n" for character in plain)
+    assert set(json.loads(ckpt("show", tmp_path / "a", "--json").stdout)["tensors"]) == set(HOSTILE)
+    wrong = ckpt("show", tmp_path / "a", "\x1b[31m")
+    assert wrong.returncode == 1
+    assert "\x1b" not in wrong.stderr
+
+
+def test_a_name_with_brackets_is_found_by_itself(tmp_path: Path) -> None:
+    library.save({"w[0]": torch.zeros(2), "w0": torch.zeros(2)}, tmp_path / "a")
+    assert list(json.loads(here("show", tmp_path / "a", "w[0]", "--json").stdout)["tensors"]) == ["w[0]"]
+    assert list(json.loads(here("show", tmp_path / "a", "w[012]", "--json").stdout)["tensors"]) == ["w0"]
+
+
+def test_a_tensor_without_elements_has_no_chunks(tmp_path: Path) -> None:
+    library.save({"empty": torch.zeros(0, 3)}, tmp_path / "a")
+    assert "no chunks" in here("show", tmp_path / "a", "empty").stdout

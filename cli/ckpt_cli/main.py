@@ -93,6 +93,8 @@ def _explained(error: Exception) -> click.ClickException:
         if isinstance(error, failed) and not isinstance(error, unknown):
             return _NoError(message)
         return _WrongError(message)
+    if isinstance(error, RecursionError):
+        return _NoError("values in the checkpoint are nested too deeply to be read; it was written wrongly")
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return _WrongError(plain(f"{place}{error.strerror}"))

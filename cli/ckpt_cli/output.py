@@ -14,6 +14,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ckpt_formats.errors import FormatError
+
 __all__ = ["Cell", "Column", "Output", "age_text", "count_text", "json_option", "plain", "print_json", "size_text"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -42,7 +44,14 @@ def plain(text: str, *, lines: bool = False) -> str:
 
 def print_json(tree: object) -> None:
     """One JSON document on stdout. ASCII, so that it is harmless and valid whatever the names in it are."""
-    click.echo(json.dumps(tree, indent=2, allow_nan=False))
+    try:
+        text = json.dumps(tree, indent=2, allow_nan=False)
+    except ValueError as error:
+        # 1e999 in a manifest is read as infinity
+        raise FormatError(
+            f"a number in the checkpoint is too large for JSON ({error}); it was written wrongly"
+        ) from error
+    click.echo(text)
 
 
 def size_text(count: int) -> str:

@@ -17,6 +17,8 @@ import pytest
 import ckpt as library
 from ckpt_cli.main import VERBS
 from tests.cli.command import PROGRAM, ckpt, here
+from tests.formats.native.tampering import Tampered, seal_root
+from tests.formats.native.whole import write_whole
 
 
 def test_help_lists_the_verbs_and_the_exit_codes() -> None:
@@ -97,6 +99,23 @@ def test_an_error_of_the_file_system_is_a_sentence_too(monkeypatch: pytest.Monke
     monkeypatch.setattr("ckpt_cli.ls.find_checkpoints", fail)
     result = here("ls", tmp_path)
     assert (result.exit_code, result.stderr) == (2, f"Error: {tmp_path}: Permission denied\n")
+
+
+def test_values_that_no_writer_makes_are_told_as_such(tmp_path: Path) -> None:
+    write_whole(tmp_path / "whole")
+    huge = Tampered(tmp_path / "whole")
+    huge.root["provenance"]["loss"] = "HUGE"
+    deep: object = 1
+    for _ in range(500):
+        deep = [deep]
+    huge.root["values"]["deep"] = deep
+    huge.write(tmp_path / "huge")
+    text = (tmp_path / "huge/manifest.json").read_bytes().partition(b',"digest":')[0].replace(b'"HUGE"', b"1e999")
+    (tmp_path / "huge/manifest.json").write_bytes(seal_root(text))
+    for arguments in (("show", "huge"), ("show", "huge", "--json"), ("verify", "huge"), ("diff", "huge", "whole")):
+        done = ckpt(*arguments, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "bug" not in done.stderr
 
 
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> None:

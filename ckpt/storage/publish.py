@@ -169,7 +169,7 @@ def _sync_above(files: Files, folder: Folder) -> None:
             files.sync_folder(parent)
         elif os.stat(parent).st_dev != device:
             break
-        elif files.first_time(parent):
+        elif files.first_time(path):
             try:
                 files.sync_folder(parent)
             except OSError as error:

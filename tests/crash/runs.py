@@ -20,9 +20,9 @@ from ckpt_formats.checkpoint import open_checkpoint
 from ckpt_formats.errors import CheckpointNotFoundError
 from ckpt_formats.verify import verify
 
-ROWS = 120
+ROWS = 30
 """Rows of each rank."""
-WINDOW = 1 << 16
+WINDOW = 1 << 14
 """Bytes of a staging buffer, so small that a data file takes several writes, by two threads."""
 
 

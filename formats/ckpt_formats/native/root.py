@@ -140,7 +140,7 @@ class _Checker:
         version = tree.get("version")
         if version != VERSION or type(version) is not int:
             raise UnknownVersionError(
-                f"{self.path}: the checkpoint has format version {brief(version)}; this release reads version {VERSION}. "
+                f"{self.path}: the checkpoint has format version {brief(version)}; this release reads {VERSION}. "
                 "Install a release of anyckpt that knows it",
                 path=self.path,
             )
@@ -162,9 +162,7 @@ class _Checker:
         layout = self.object(tree, "layout")
         if not is_index(layout.get("world_size", 1)) or layout.get("world_size", 1) < 1:
             self.fail('"layout.world_size" is not a positive integer')
-        cuts = layout.get("cuts", [])
-        if not isinstance(cuts, list):
-            self.fail('"layout.cuts" is not an array')
+        cuts = self.cuts(layout)
         tensors = self.tensors(self.object(tree, "tensors"), pages, len(cuts))
         aliases = self.object(tree, "aliases")
         for alias, name in aliases.items():
@@ -231,6 +229,14 @@ class _Checker:
             self.fail(f"{what} ({path}) does not have one digest per block")
         return PageFile(path, size, rows, digests)
 
+    def cuts(self, layout: Mapping[str, Any]) -> list[Any]:
+        meshes, cuts = layout.get("meshes", []), layout.get("cuts", [])
+        if not isinstance(meshes, list) or not all(map(_is_mesh, meshes)):
+            self.fail('"layout.meshes" is not an array of meshes')
+        if not isinstance(cuts, list) or not all(_is_cut(cut, len(meshes)) for cut in cuts):
+            self.fail('"layout.cuts" is not an array of cuts over these meshes')
+        return cuts
+
     def dtype(self, tensor: str, name: Any) -> DType:
         try:
             return dtype_named(name)
@@ -284,3 +290,23 @@ class _Checker:
         if any(page.rows for page in pages[at_page + 1 :]) or (page_count and at_row != pages[at_page].rows):
             self.fail("the index has rows that belong to no tensor")
         return tensors
+
+
+def _is_mesh(item: Any) -> bool:
+    if not isinstance(item, dict):
+        return False
+    axes, shape = item.get("names"), item.get("shape")
+    return (
+        isinstance(axes, list)
+        and isinstance(shape, list)
+        and len(axes) == len(shape)
+        and all(isinstance(axis, str) for axis in axes)
+        and all(is_index(size) and size > 0 for size in shape)
+    )
+
+
+def _is_cut(item: Any, mesh_count: int) -> bool:
+    if not isinstance(item, dict) or not isinstance(item.get("cut"), str) or "mesh" not in item:
+        return False
+    mesh = item["mesh"]
+    return mesh is None or (is_index(mesh) and mesh < mesh_count)

@@ -80,9 +80,6 @@ HEAD: list[Lie] = [
         (f"{member} of another type", _set(member, to=7), FormatError, f'"{member}"')
         for member in ("files", "pages", "tensors", "aliases", "values", "entries", "layout", "provenance")
     ),
-    ("no rank wrote it", _set("layout", "world_size", to=0), FormatError, '"layout.world_size"'),
-    ("ranks as text", _set("layout", "world_size", to="4"), FormatError, '"layout.world_size"'),
-    ("cuts that are none", _set("layout", "cuts", to={}), FormatError, '"layout.cuts"'),
     ("an entry without a kind", _set("entries", "model", to={}), FormatError, "'model'"),
     ("an entry that is none", _set("entries", "model", to=[1]), FormatError, "'model'"),
 ]
@@ -236,6 +233,34 @@ TENSORS: list[Lie] = [
 ]
 
 
+MESH = {"names": ["dp", "tp"], "shape": [2, 4]}
+
+
+def _layout(meshes: Any, cuts: Any) -> Callable[[Tampered], object]:
+    return lambda tampered: tampered.root["layout"].update(meshes=meshes, cuts=cuts)
+
+
+CUT = {"mesh": 0, "cut": "S(0)@dp"}
+LAYOUT: list[Lie] = [
+    ("no rank wrote it", _set("layout", "world_size", to=0), FormatError, '"layout.world_size"'),
+    ("ranks as text", _set("layout", "world_size", to="4"), FormatError, '"layout.world_size"'),
+    ("cuts that are none", _layout([], {}), FormatError, '"layout.cuts"'),
+    ("meshes that are none", _layout({}, [CUT]), FormatError, '"layout.meshes"'),
+    ("a mesh that is none", _layout([7], [CUT]), FormatError, '"layout.meshes"'),
+    ("a mesh without a shape", _layout([{"names": ["dp"]}], [CUT]), FormatError, '"layout.meshes"'),
+    ("a mesh without names", _layout([{"shape": [2]}], [CUT]), FormatError, '"layout.meshes"'),
+    ("a mesh of numbers", _layout([{"names": [7], "shape": [2]}], [CUT]), FormatError, '"layout.meshes"'),
+    ("a mesh of nothing", _layout([MESH | {"shape": [0, 1]}], [CUT]), FormatError, '"layout.meshes"'),
+    ("a mesh of text", _layout([MESH | {"shape": "24"}], [CUT]), FormatError, '"layout.meshes"'),
+    ("a mesh with more names than sizes", _layout([MESH | {"shape": [2]}], [CUT]), FormatError, '"layout.meshes"'),
+    ("a cut that is none", _layout([MESH], ["S(0)@dp"]), FormatError, '"layout.cuts"'),
+    ("a cut without words", _layout([MESH], [{"mesh": 0}]), FormatError, '"layout.cuts"'),
+    ("a cut of a number", _layout([MESH], [{"mesh": 0, "cut": 0}]), FormatError, '"layout.cuts"'),
+    ("a cut over a mesh that is not there", _layout([MESH], [CUT | {"mesh": 1}]), FormatError, '"layout.cuts"'),
+    ("a cut over a mesh by name", _layout([MESH], [CUT | {"mesh": "dp"}]), FormatError, '"layout.cuts"'),
+]
+
+
 @pytest.mark.parametrize(("lie", "error", "match"), [case[1:] for case in HEAD], ids=[case[0] for case in HEAD])
 def test_lying_head_is_refused(whole: Path, tmp_path: Path, lie: Any, error: type[CheckpointError], match: str) -> None:
     refused_everywhere(_tampered(whole, lie), tmp_path / "step_3", error, match)
@@ -250,6 +275,13 @@ def test_lying_list_of_files_is_refused(
 
 @pytest.mark.parametrize(("lie", "error", "match"), [case[1:] for case in TENSORS], ids=[case[0] for case in TENSORS])
 def test_lying_list_of_tensors_is_refused(
+    whole: Path, tmp_path: Path, lie: Any, error: type[CheckpointError], match: str
+) -> None:
+    refused_everywhere(_tampered(whole, lie), tmp_path / "step_3", error, match)
+
+
+@pytest.mark.parametrize(("lie", "error", "match"), [case[1:] for case in LAYOUT], ids=[case[0] for case in LAYOUT])
+def test_lying_layout_is_refused(
     whole: Path, tmp_path: Path, lie: Any, error: type[CheckpointError], match: str
 ) -> None:
     refused_everywhere(_tampered(whole, lie), tmp_path / "step_3", error, match)

@@ -84,13 +84,8 @@ def _run(state: MutableMapping[str, object], folder: str, strict: bool, cast: bo
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks learn it
         failure = error
     with phases("agree"):
-        load.compare(failure)
-        try:
-            load.check()
-        except CheckpointError as error:
-            failure = error
         # nothing is touched before every rank has found that it can load
-        group.agree(failure)
+        load.agree(failure)
     try:
         with phases("read"):
             load.read()
@@ -136,6 +131,7 @@ class _Load:
         self.checkpoint: Checkpoint
         self.target: Target
         self.stats = ReadStats()
+        self.unexpected: list[str] = []
 
     def plan(self) -> None:
         """Open the checkpoint and match it with the state. Touches nothing."""
@@ -161,23 +157,31 @@ class _Load:
             if own is None
             else {path: self.checkpoint.decode(value, path, leaf=LEAVES) for path, value in own.items()}
         )
-        self._saved = saved
         self.target = build_target(self._state, saved)
+        self.unexpected = list(self.target.unexpected)
+        if self._group.world_size == 1 or self.target.missing:
+            self._check_names()
+        self._check_tensors(saved)
 
-    def compare(self, failure: BaseException | None) -> None:
-        """Find out which names no rank expects: with pipeline stages, each rank has only some of the checkpoint's."""
-        mine = [] if failure is not None else list(self.target.unexpected)
+    def agree(self, failure: BaseException | None) -> None:
+        """Raise on every rank if any can't load, or if there are names that no rank expects.
+
+        With pipeline stages, each rank has only some of the checkpoint's names.
+        """
+        if not self._group.agree(failure, question=bool(self.unexpected)) or self._group.world_size == 1:
+            return
 
         def common(payloads: list[bytes]) -> bytes:
             first, *others = (json.loads(payload) for payload in payloads)
             rest = [set(other) for other in others]
             return json.dumps([name for name in first if all(name in other for other in rest)]).encode()
 
-        self.unexpected: list[str] = json.loads(self._group.exchange(json.dumps(mine).encode(), failure, common))
+        mine = json.dumps(self.unexpected).encode()
+        self.unexpected = json.loads(self._group.exchange(mine, None, common))
+        self._check_names()
 
-    def check(self) -> None:
-        """Refuse names, shapes and dtypes that differ."""
-        target, saved = self.target, self._saved
+    def _check_names(self) -> None:
+        target = self.target
         if self._strict and (target.missing or self.unexpected):
             raise StateMismatchError(
                 f"{self._path} does not fit the state."
@@ -186,8 +190,10 @@ class _Load:
                 + " Give the state that was saved, or strict=False to load what they have in common",
                 path=self._path,
             )
+
+    def _check_tensors(self, saved: SavedState) -> None:
         shapes, dtypes = [], []
-        for name, local in target.tensors.items():
+        for name, local in self.target.tensors.items():
             stored = saved.find(name)
             if stored is None:
                 continue

@@ -16,6 +16,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -162,13 +163,18 @@ class Reader:
         whole = Box.whole(meta.shape)
         if box != whole and not whole.contains(box):
             raise ValueError(f"{request.name!r}: the box {box} leaves the tensor's shape {list(meta.shape)}")
+        self._manifest.require_cover(meta)
         if not into.size:
-            self._manifest.chunks(meta)
             return
         table = self._table(meta.page)
-        if meta.rows == 1 and table.is_whole(meta):
-            # most tensors of most checkpoints
+        if meta.rows == 1:
+            # most tensors of most checkpoints; covered by one chunk, which is then the whole
             self._plan_chunk(table, meta, meta.row, whole, box, into, box.offsets, direct, staged)
+            return
+        row = table.find(meta, box)
+        if row is not None:
+            # what most loads want: exactly what was stored
+            self._plan_chunk(table, meta, row, box, box, into, box.offsets, direct, staged)
             return
         offsets, sizes = self._manifest.chunks(meta)
         rows, starts, extents = intersect_rows(offsets, sizes, box)
@@ -324,14 +330,19 @@ class _PageTable:
         self.length: list[int] = places.length.tolist()
         self.codec: list[int] = places.codec.tolist()
         self.sizes: list[list[int]] = chunks.size.tolist()
-        self.at_origin: list[bool] = (chunks.offset == 0).all(axis=1).tolist()
+        self.offsets: list[list[int]] = chunks.offset.tolist()
         self.digests = b"" if chunks.digest is None else chunks.digest.tobytes()
         self.block: list[int] = [] if chunks.block is None else chunks.block.tolist()
         self.block_digests = b"" if chunks.block_digest is None else chunks.block_digest.tobytes()
 
-    def is_whole(self, meta: TensorMeta) -> bool:
-        """Whether the first chunk of a tensor is all of it."""
-        return self.at_origin[meta.row] and tuple(self.sizes[meta.row][: len(meta.shape)]) == meta.shape
+    def find(self, meta: TensorMeta, box: Box) -> int | None:
+        """The row of the chunk that is exactly that box, if there is one. Rows are sorted by offset."""
+        more = len(self.offsets[meta.row]) - len(box.sizes)
+        offset = [*box.offsets, *(0,) * more]
+        row = bisect_left(self.offsets, offset, meta.row, meta.row + meta.rows)
+        if row == meta.row + meta.rows or self.offsets[row] != offset or self.sizes[row] != [*box.sizes, *(1,) * more]:
+            return None
+        return row
 
 
 class _Staging:

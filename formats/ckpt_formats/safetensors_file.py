@@ -180,7 +180,7 @@ def pack_columns(columns: Mapping[str, AnyArray]) -> bytes:
 
 
 def _fits(shape: tuple[int, ...], itemsize: int, nbytes: int) -> bool:
-    """Whether an array of that shape has so many bytes, and can exist: numpy multiplies the sizes of empty ones, too."""
+    """Whether an array of that shape has so many bytes, and can exist: numpy multiplies sizes of empty ones, too."""
     return math.prod(shape) * itemsize == nbytes and math.prod(size or 1 for size in shape) * itemsize < 1 << 63
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ckpt.storage.data_file import Chunk, WrittenFile
+from ckpt.storage.data_file import WrittenFile
 from ckpt.storage.files import Files
 from ckpt.storage.publish import Folder, publish, write_pages
 from ckpt_formats.codecs import RAW
@@ -23,6 +23,8 @@ from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.native import index
 from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.root import DataFile, Root
+
+C = TypeVar("C")
 
 FILE_CHUNKS = 200_000
 """Chunks per data file; more would not fit the header of a safetensors file."""
@@ -74,8 +76,8 @@ class Contents:
     provenance: Mapping[str, Any]
 
 
-def split_files(chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
-    """Chunks by the file: one file per writer, several when the header would get too long."""
+def split_files(chunks: Sequence[C]) -> Iterator[Sequence[C]]:
+    """What a writer writes, by the file: one per writer, several when the header would get too long."""
     for at in range(0, len(chunks), FILE_CHUNKS):
         yield chunks[at : at + FILE_CHUNKS]
 

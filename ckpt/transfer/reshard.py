@@ -11,27 +11,28 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ckpt import collector
 from ckpt.phases import Phases
 from ckpt.provenance import provenance
 from ckpt.saving.commit import Contents, Part, commit, split_files
 from ckpt.storage.data_file import Chunk, Staging, write_data_file
 from ckpt.storage.files import Files
 from ckpt.storage.publish import discard, prepare_folder
+from ckpt_formats.arrays import AnyArray
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
-from ckpt_formats.dtypes import DType
 from ckpt_formats.errors import CheckpointError, SaveFailedError
 from ckpt_formats.geometry import Box, flat_boxes
 from ckpt_formats.layout import Cuts, Layout, Mesh, boxes, cut_words
-from ckpt_formats.manifest import RESERVED_PREFIX, Manifest
+from ckpt_formats.manifest import RESERVED_PREFIX, Manifest, TensorMeta
 from ckpt_formats.native import names
 from ckpt_formats.reading import Request
 
 WINDOW = 16 << 20
-"""Bytes of a chunk that are read from the source at once."""
+"""Bytes that are read from the source at once."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -80,7 +81,7 @@ def reshard(
     """
     phases = Phases()
     files = files or Files()
-    with open_checkpoint(source) as checkpoint:
+    with collector.paused(), open_checkpoint(source) as checkpoint:
         manifest = checkpoint.manifest
         cuts = _cuts(manifest, mesh, layout or Layout())
         done = 0
@@ -91,21 +92,22 @@ def reshard(
             if progress is not None:
                 progress(done, total)
 
-        per_rank = _assign(checkpoint, mesh, cuts, count)
-        total = sum(chunk.nbytes for chunks in per_rank for chunk in chunks)
+        per_rank = _assign(checkpoint, mesh, cuts)
+        total = sum(part.nbytes for held in per_rank for part in held)
         path = os.path.abspath(os.fspath(target))
         folder = prepare_folder(files, path)
         attempt = secrets.token_hex(8)
         staging = Staging()
         parts: list[Part] = []
         try:
-            for rank, chunks in enumerate(per_rank):
+            for rank, held in enumerate(per_rank):
                 written = []
                 chunk_names = []
-                for number, some in enumerate(split_files(chunks)):
+                for number, some in enumerate(split_files(held)):
                     data = names.data_path(rank, number, attempt)
-                    written.append(write_data_file(files, path, data, some, staging))
-                    chunk_names.append([chunk.name for chunk in some])
+                    chunks = _Feed(checkpoint, some, count).chunks()
+                    written.append(write_data_file(files, path, data, chunks, staging))
+                    chunk_names.append([chunk.name for chunk in chunks])
                 parts.append(Part(written, chunk_names))
             commit(files, folder, attempt, _contents(manifest, mesh, cuts), parts)
         except BaseException as error:
@@ -122,7 +124,7 @@ def reshard(
         mesh=mesh,
         tensors=len(manifest.model_tensors),
         bytes=total,
-        bytes_per_rank=[sum(chunk.nbytes for chunk in chunks) for chunks in per_rank],
+        bytes_per_rank=[sum(part.nbytes for part in held) for held in per_rank],
         seconds=phases.total,
     )
 
@@ -165,14 +167,23 @@ def _cuts(manifest: Manifest, mesh: Mesh, layout: Layout) -> dict[str, Cuts]:
     )
 
 
-def _assign(
-    checkpoint: Checkpoint, mesh: Mesh, cuts: Mapping[str, Cuts], count: Callable[[int], None]
-) -> list[list[Chunk]]:
-    """For each target rank the chunks of its file. What several ranks hold goes to the one with the least."""
+class _Part(NamedTuple):
+    """A box that goes to a target rank's file."""
+
+    meta: TensorMeta
+    box: Box
+
+    @property
+    def nbytes(self) -> int:
+        return self.box.numel * self.meta.dtype.itemsize
+
+
+def _assign(checkpoint: Checkpoint, mesh: Mesh, cuts: Mapping[str, Cuts]) -> list[list[_Part]]:
+    """For each target rank what goes to its file. What several ranks hold goes to the one with the least."""
     manifest = checkpoint.manifest
     load = [0] * mesh.size
-    held: list[list[Chunk]] = [[] for _ in range(mesh.size)]
-    shared: list[tuple[Chunk, list[int]]] = []
+    held: list[list[_Part]] = [[] for _ in range(mesh.size)]
+    shared: list[tuple[_Part, list[int]]] = []
     for name, meta in manifest.tensors.items():
         checkpoint.reader.require(name)
         if name.startswith(RESERVED_PREFIX):
@@ -183,19 +194,19 @@ def _assign(
                 for box in boxes(meta.shape, cuts[name], mesh, rank):
                     owners.setdefault(box, []).append(rank)
         for box, ranks in owners.items():
-            chunk = Chunk(name, meta.dtype, meta.shape, box, _BoxSource(checkpoint, name, box, meta.dtype, count))
+            part = _Part(meta, box)
             if len(ranks) == 1:
-                held[ranks[0]].append(chunk)
-                load[ranks[0]] += chunk.nbytes
+                held[ranks[0]].append(part)
+                load[ranks[0]] += part.nbytes
             else:
-                shared.append((chunk, ranks))
+                shared.append((part, ranks))
     shared.sort(key=lambda item: -item[0].nbytes)
-    for chunk, ranks in shared:
+    for part, ranks in shared:
         rank = min(ranks, key=lambda rank: (load[rank], rank))
-        held[rank].append(chunk)
-        load[rank] += chunk.nbytes
-    for chunks in held:
-        chunks.sort(key=lambda chunk: (chunk.name, chunk.box))
+        held[rank].append(part)
+        load[rank] += part.nbytes
+    for parts in held:
+        parts.sort(key=lambda part: (part.meta.name, part.box))
     return held
 
 
@@ -224,37 +235,70 @@ def _contents(manifest: Manifest, mesh: Mesh, cuts: Mapping[str, Cuts]) -> Conte
     )
 
 
-class _BoxSource:
-    """The elements of a box of the source checkpoint in row-major order, read a window at a time."""
+class _Feed:
+    """The elements of one target file's chunks, read from the source in the order in which they are written.
 
-    def __init__(self, checkpoint: Checkpoint, name: str, box: Box, dtype: DType, count: Callable[[int], None]) -> None:
+    They are read a window at a time, small chunks many together.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, parts: Sequence[_Part], count: Callable[[int], None]) -> None:
         self._checkpoint = checkpoint
-        self._name = name
-        self._box = box
-        self._dtype = dtype
+        self._parts = parts
         self._count = count
-        self._start = 0
-        self._window = memoryview(b"")
+        self._window: dict[int, tuple[int, memoryview]] = {}
+
+    def chunks(self) -> list[Chunk]:
+        """The chunks, with this as the source of their bytes."""
+        return [
+            Chunk(meta.name, meta.dtype, meta.shape, box, _Fed(self, position))
+            for position, (meta, box) in enumerate(self._parts)
+        ]
+
+    def read(self, position: int, start: int, stop: int, into: memoryview) -> None:
+        """Fill `into` with bytes start..stop of a chunk."""
+        begin, data = self._window.get(position, (0, memoryview(b"")))
+        if start < begin or stop > begin + len(data):
+            self._fetch(position, start)
+            begin, data = self._window[position]
+        into[:] = data[start - begin : stop - begin]
+        self._count(stop - start)
+
+    def _fetch(self, position: int, start: int) -> None:
+        self._window = {}
+        requests: list[Request] = []
+        room = WINDOW
+        while room and position < len(self._parts):
+            meta, box = self._parts[position]
+            itemsize = meta.dtype.itemsize
+            nbytes = box.numel * itemsize
+            stop = min(nbytes, start + room // itemsize * itemsize)
+            if stop == start:
+                break
+            flat: AnyArray = np.empty((stop - start) // itemsize, dtype=meta.dtype.carrier)
+            if stop - start == nbytes:
+                requests.append(Request(meta.name, box, flat.reshape(box.sizes)))
+            else:
+                at = 0
+                for run in flat_boxes(box.sizes, start // itemsize, stop // itemsize):
+                    place = Box(tuple(o + b for o, b in zip(run.offsets, box.offsets, strict=True)), run.sizes)
+                    requests.append(Request(meta.name, place, flat[at : at + run.numel].reshape(run.sizes)))
+                    at += run.numel
+            self._window[position] = (start, flat.view(np.uint8).data)
+            room -= stop - start
+            position += 1
+            start = 0
+        self._checkpoint.read(requests)
+
+
+class _Fed:
+    """One chunk of a feed."""
+
+    __slots__ = ("_feed", "_position")
+
+    def __init__(self, feed: _Feed, position: int) -> None:
+        self._feed = feed
+        self._position = position
 
     def read(self, start: int, stop: int, into: memoryview) -> None:
-        """Fill `into` with bytes start..stop of the box."""
-        if start < self._start or stop > self._start + len(self._window):
-            self._fetch(start, stop)
-        into[:] = self._window[start - self._start : stop - self._start]
-        self._count(stop - start)
-        if stop == self._box.numel * self._dtype.itemsize:
-            self._window = memoryview(b"")
-
-    def _fetch(self, start: int, stop: int) -> None:
-        itemsize = self._dtype.itemsize
-        end = min(max(stop, start + WINDOW), self._box.numel * itemsize)
-        flat = np.empty((end - start) // itemsize, dtype=self._dtype.carrier)
-        requests = []
-        at = 0
-        for part in flat_boxes(self._box.sizes, start // itemsize, end // itemsize):
-            place = Box(tuple(o + b for o, b in zip(part.offsets, self._box.offsets, strict=True)), part.sizes)
-            requests.append(Request(self._name, place, flat[at : at + part.numel].reshape(part.sizes)))
-            at += part.numel
-        self._checkpoint.read(requests)
-        self._start = start
-        self._window = flat.view(np.uint8).data
+        """Fill `into` with bytes start..stop of the chunk."""
+        self._feed.read(self._position, start, stop, into)

@@ -19,7 +19,7 @@ from ckpt.state.given import Given
 from ckpt.state.inventory import Inventory
 from ckpt.state.optimizers import Naming, Parameters, hyperparameters, own_extras
 from ckpt.state.types import Disassembled, PerRankRef, SavedState, SavedTensor, TensorRef
-from ckpt_formats.errors import MissingTensorError, StateError, StateMismatchError
+from ckpt_formats.errors import FormatError, MissingTensorError, StateError, StateMismatchError
 
 __all__ = ["OptimizerTarget"]
 
@@ -67,7 +67,7 @@ class OptimizerTarget:
         entry = saved.entries.get(key, {})
         modules = entry.get("modules", {})
         then = Naming(modules, {}) if modules else naming
-        groups = saved.values.get(f"{key}.param_groups")
+        groups = _groups(f"{key}.param_groups", saved)
         if groups is None:
             groups = []
             self.missing.append(f"{key}.param_groups")
@@ -86,10 +86,10 @@ class OptimizerTarget:
                         continue  # unknown to the checkpoint: stays as it is
                 else:
                     names[name] = group_of[name]
-                hyper = groups[group_of[name]] if name in group_of else group
+                own = groups[group_of[name]] if name in group_of else group
                 made = {}
                 for slot, marked in (slots or {}).items():
-                    made[slot] = maker.slot(parameter, name, slot, marked, hyper)
+                    made[slot] = maker.slot(parameter, name, slot, marked, own)
                     self.wanted.add(f"{key}.state.{name}.{slot}")
                 self.wanted |= maker.used
                 maker.used.clear()
@@ -151,6 +151,23 @@ class _Found:
     """Parameter -> its slots."""
     free: _Slots
     """Path -> value that belongs to no parameter."""
+
+
+def _groups(path: str, saved: SavedState) -> list[Mapping[str, Any]] | None:
+    """The saved parameter groups, None if there are none. Raises FormatError for what can't be any."""
+    groups: Any = saved.values.get(path)
+    if groups is None:
+        return None
+    if not isinstance(groups, list) or not all(map(_is_group, groups)):
+        raise FormatError(
+            f"the value {path!r} is not a list of parameter groups; the checkpoint was written wrongly", tensor=path
+        )
+    return groups
+
+
+def _is_group(item: object) -> bool:
+    names = item.get("params") if isinstance(item, dict) else None
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def _by_parameter(

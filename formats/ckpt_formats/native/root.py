@@ -172,6 +172,8 @@ class _Checker:
         for name, entry in entries.items():
             if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
                 self.fail(f'the entry {brief(name)} has no "kind"')
+            if not all(_is_names(entry.get(member, {}), kind) for member, kind in _ENTRY_MEMBERS.items()):
+                self.fail(f"the entry {brief(name)} says malformed things of itself")
         return Root(
             attempt=attempt,
             step=step,
@@ -310,3 +312,11 @@ def _is_cut(item: Any, mesh_count: int) -> bool:
         return False
     mesh = item["mesh"]
     return mesh is None or (is_index(mesh) and mesh < mesh_count)
+
+
+_ENTRY_MEMBERS = {"modules": str, "local": bool, "flat": bool}
+
+
+def _is_names(item: Any, kind: type) -> bool:
+    """Whether this is an object all of whose members are of one type."""
+    return isinstance(item, dict) and all(isinstance(value, kind) for value in item.values())

@@ -117,7 +117,7 @@ class Tampered:
 
     def seal_page(self, number: int, packed: bytes) -> None:
         """Let the root have size and digests of a page."""
-        pages, size = self.root.get("pages"), self.root["block_size"]
+        pages, size = self.root.get("pages"), self.root.get("block_size")
         if isinstance(pages, list) and number < len(pages) and isinstance(pages[number], dict):
             pages[number]["size"] = len(packed)
             if isinstance(size, int) and size > 0:

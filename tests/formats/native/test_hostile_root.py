@@ -48,6 +48,10 @@ def _without(*place: str | int) -> Callable[[Tampered], object]:
     return lie
 
 
+def _entry(member: str, said: Any) -> Callable[[Tampered], object]:
+    return lambda tampered: tampered.root["entries"]["model"].update({member: said})
+
+
 DEEP: Any = []
 for _ in range(850):
     DEEP = [DEEP]
@@ -81,6 +85,11 @@ HEAD: list[Lie] = [
         for member in ("files", "pages", "tensors", "aliases", "values", "entries", "layout", "provenance")
     ),
     ("an entry without a kind", _set("entries", "model", to={}), FormatError, "'model'"),
+    *(
+        (f"an entry whose {member} are {str(said)[:20]}", _entry(member, said), FormatError, "'model'")
+        for member in ("modules", "local", "flat")
+        for said in (None, 7, "x", ["x"], {"x": 7}, {"x": None}, {"x": []})
+    ),
     ("an entry that is none", _set("entries", "model", to=[1]), FormatError, "'model'"),
 ]
 

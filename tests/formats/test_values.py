@@ -567,9 +567,21 @@ def test_one_type_has_one_tag_and_one_tag_one_type() -> None:
     ]:
         with pytest.raises(StateError, match=match):
             register_value(kind, same_value, same_value, tag=tag)
-    register_value(Plain, same_value, same_value)
-    with pytest.raises(StateError, match="only once"):
-        register_value(Plain, same_value, same_value)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_class_that_is_defined_again_replaces_the_one_before() -> None:
+    def define() -> type:
+        class Cell:
+            pass
+
+        register_value(Cell, lambda _value: None, lambda _content: Cell())
+        return Cell
+
+    first, second = define(), define()
+    assert type(decode(encode(second(), "x"), "x")) is second
+    with pytest.raises(UnsupportedValueError, match="Cell"):
+        encode(first(), "x")
 
 
 @pytest.mark.usefixtures("registry")

@@ -14,6 +14,9 @@ __all__ = ["register_value"]
 
 _T = TypeVar("_T")
 
+_registered: dict[str, type] = {}
+"""Tag -> the class that was registered under it."""
+
 
 def register_value(
     kind: type[_T], encode: Callable[[_T], object], decode: Callable[[Any], _T], *, tag: str | None = None
@@ -28,11 +31,18 @@ def register_value(
         tag: the type's name in checkpoints, with a dot in it; by default the class's module and qualified name. State
             it to stay free to move or rename the class.
 
+    A class that is registered again under its tag, as when a notebook's cell is run twice, replaces the one before.
+
     Raises StateError if the type or the tag is taken, or the tag has no dot.
     """
     name = f"{kind.__module__}.{kind.__qualname__}" if tag is None else tag
     if "." not in name or not name.isprintable():
         raise StateError(f"the tag {name!r} for {type_name(kind)} needs a dot, as in 'mylib.{kind.__name__}'")
+    former = _registered.get(name)
+    if former is not None and (former.__module__, former.__qualname__) == (kind.__module__, kind.__qualname__):
+        # the same class again: a notebook's cell that was run twice, or a module that was reloaded
+        ENCODERS.pop(former, None)
+        DECODERS.pop(name, None)
     if kind in ENCODERS:
         raise StateError(f"values of type {type_name(kind)} have an encoding already; a type is registered only once")
     if name in DECODERS:
@@ -57,5 +67,6 @@ def register_value(
                 f"the decoder registered for {name!r} failed: {type(error).__name__}: {error}"
             ) from error
 
+    _registered[name] = kind
     ENCODERS[kind] = encode_registered
     DECODERS[name] = decode_registered

@@ -24,6 +24,8 @@ from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.errors import (
     CheckpointError,
     DtypeMismatchError,
+    FormatError,
+    MissingTensorError,
     ShapeMismatchError,
     StateMismatchError,
 )
@@ -82,7 +84,7 @@ def _run(state: MutableMapping[str, object], folder: str, strict: bool, cast: bo
         with phases("plan"):
             load.plan()
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks learn it
-        failure = error
+        failure = _named(error, folder)
     with phases("agree"):
         # nothing is touched before every rank has found that it can load
         load.agree(failure)
@@ -107,6 +109,14 @@ def _run(state: MutableMapping[str, object], folder: str, strict: bool, cast: bo
         unexpected=load.unexpected,
         per_rank_skipped=target.per_rank_skipped,
     )
+
+
+def _named(error: Exception, folder: str) -> Exception:
+    """Say in an error about what is stored, which may come from where no files are known, which checkpoint it is."""
+    if isinstance(error, FormatError | MissingTensorError | StateMismatchError) and folder not in error.message:
+        error.path = error.path or folder
+        error.message = f"{folder}: {error.message}"
+    return error
 
 
 def _half_loaded(error: Exception) -> Exception:

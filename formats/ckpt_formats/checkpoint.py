@@ -163,7 +163,13 @@ class Checkpoint:
 
     def decode(self, encoded: Any, path: str, *, lenient: bool = False, leaf: Leaves | None = None) -> Any:
         """A value of the manifest from its encoded form; large payloads are fetched from where they lie."""
-        return values.decode(encoded, path, blob=partial(self._referred, path), lenient=lenient, leaf=leaf)
+        try:
+            return values.decode(encoded, path, blob=partial(self._referred, path), lenient=lenient, leaf=leaf)
+        except FormatError as error:
+            if error.path is None:
+                error.path = self.path
+                error.message = f"{self.path}: {error.message}"
+            raise
 
     def _referred(self, path: str, reference: Any) -> bytes:
         if (

@@ -188,11 +188,11 @@ def test_hostile_value_is_refused_or_stays_opaque(whole: Path, tmp_path: Path, v
         epoch = _epoch(folder)
     assert isinstance(epoch, Opaque | CheckpointError)
     if isinstance(epoch, CheckpointError):
-        _names_the_value(epoch)
+        _names_the_value(epoch, folder)
     bag = Bag()
     with bounded(folder), pytest.raises(CheckpointError) as caught:
         ckpt.load({"model": bag}, folder)
-    _names_the_value(caught.value)
+    _names_the_value(caught.value, folder)
     assert not bag.held, "nothing was applied"
     with bounded(folder):
         verify(folder)
@@ -206,7 +206,8 @@ def _epoch(folder: Path) -> object:
         return error
 
 
-def _names_the_value(error: CheckpointError) -> None:
+def _names_the_value(error: CheckpointError, folder: Path) -> None:
+    assert str(folder) in str(error)
     assert "model" in str(error)
     assert len(str(error)) < 1500
 

@@ -9,6 +9,7 @@ out.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -143,9 +144,19 @@ def make_plan(descriptions: Sequence[bytes]) -> Plan:
                 held.setdefault(Box(tuple(offsets), tuple(sizes)), []).append(_Holder(rank, position, piece))
     for name, planned in tensors.items():
         _check(name, planned, list(holders[name]))
+    aliases = _merge_aliases([tree["aliases"] for tree in trees])
+    for alias, name in aliases.items():
+        if alias in tensors:
+            rank = first_rank[alias]
+            raise StateError(
+                f"{alias!r} is tied to {name!r} on one rank, but stands for itself on rank {rank}; tie the same "
+                "tensors, in the same order, on every rank that has any of them",
+                tensor=alias,
+                rank=rank,
+            )
     return Plan(
         tensors=dict(sorted(tensors.items())),
-        aliases=_merge_aliases([tree["aliases"] for tree in trees]),
+        aliases=aliases,
         meshes=[json.loads(mesh) for mesh in meshes],
         cuts=[{"mesh": number, "cut": text} for number, text in cuts],
         assignments=_assign(tensors, holders, len(trees)),
@@ -154,6 +165,12 @@ def make_plan(descriptions: Sequence[bytes]) -> Plan:
 
 def _check(name: str, tensor: PlannedTensor, boxes: list[Box]) -> None:
     ndim = len(tensor.shape)
+    if 0 in tensor.shape and math.prod(size or 1 for size in tensor.shape) >= 1 << 58:
+        raise StateError(
+            f"tensor {name!r} has the shape {list(tensor.shape)}, which overflows; an empty tensor needs no large "
+            "dimensions",
+            tensor=name,
+        )
     offsets = np.array([box.offsets for box in boxes], dtype=np.int64).reshape(len(boxes), ndim)
     sizes = np.array([box.sizes for box in boxes], dtype=np.int64).reshape(len(boxes), ndim)
     try:

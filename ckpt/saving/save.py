@@ -7,6 +7,7 @@ travel, so a failure anywhere is an error everywhere, nothing is committed, and 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import secrets
 from collections import OrderedDict
@@ -85,8 +86,7 @@ class Saver:
     ) -> SaveResult:
         """See ckpt.save."""
         folder = os.path.abspath(os.fspath(path))
-        if step is None:
-            step = names.step_of(os.path.basename(folder))
+        step = names.step_of(os.path.basename(folder)) if step is None else _step(step)
         with collector.paused():
             return _Attempt(self, Collective(process_group), folder, step).run(state)
 
@@ -153,6 +153,7 @@ class _Attempt:
             description = describe(local)
             hello = {
                 "path": self._path,
+                "step": self._step,
                 "digest": hexdigest(description),
                 "plans": list(self._saver.plans),
                 "values": values,
@@ -175,6 +176,11 @@ class _Attempt:
             if hello["path"] != self._path:
                 raise StateError(
                     f"rank {rank} saves to {hello['path']} but rank 0 to {self._path}; give all ranks the same path",
+                    rank=rank,
+                )
+            if hello["step"] != self._step:
+                raise StateError(
+                    f"rank {rank} saves step {hello['step']} but rank 0 step {self._step}; let ranks agree on it first",
                     rank=rank,
                 )
         require_free(self._path)
@@ -271,6 +277,17 @@ def chunks_of(local: LocalState, assignment: Sequence[Assigned]) -> list[Chunk]:
             view = view[box.relative_to(piece.box.offsets).slices()]
         chunks.append(Chunk(tensor.name, dtype_of(tensor.dtype), tensor.shape, box, TensorSource(view)))
     return chunks
+
+
+def _step(step: object) -> int:
+    """A step as it can be stored, from any kind of integer."""
+    try:
+        number = operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if isinstance(step, bool) or not 0 <= number < 1 << 63:
+        raise StateError(f"step={step!r} is no training step; give a non-negative integer, or None for no step")
+    return number
 
 
 def _explain(error: Exception, path: str, rank: int) -> Exception:

@@ -69,4 +69,4 @@ def step_folder(step: int) -> str:
 def step_of(folder: str) -> int | None:
     """The step that a folder's name says, e.g. of step_00001200 or step-1200; None if it says none."""
     match = _STEP.fullmatch(folder)
-    return int(match.group(1)) if match else None
+    return int(match.group(1)) if match and len(match.group(1)) < 19 else None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from ckpt_formats.digest import hexdigest
 from ckpt_formats.dtypes import DType
 from ckpt_formats.dtypes import dtype as dtype_named
-from ckpt_formats.errors import CorruptionError, FormatError, UnknownDtypeError, UnknownVersionError
+from ckpt_formats.errors import CorruptionError, FormatError, StateError, UnknownDtypeError, UnknownVersionError
 from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.native import names
 from ckpt_formats.safetensors_file import ALIGNMENT, is_index, parse_json
@@ -70,7 +70,7 @@ class Root:
 
 
 def encode(root: Root) -> bytes:
-    """The bytes of manifest.json."""
+    """The bytes of manifest.json. Raises StateError if they are more than a reader takes."""
     tensors: dict[str, dict[str, object]] = {}
     for meta in root.tensors.values():
         item: dict[str, object] = {
@@ -103,6 +103,11 @@ def encode(root: Root) -> bytes:
         separators=(",", ":"),
         allow_nan=False,
     ).encode("utf-8")
+    if len(body) + _TAIL_SIZE > MAX_SIZE:
+        raise StateError(
+            f"the manifest would have {len(body)} bytes, more than the {MAX_SIZE} that readers take; "
+            "keep large plain values as tensors or numpy arrays, which are stored apart"
+        )
     body = body[:-1]
     return body + f',"digest":"{hexdigest(body)}"}}\n'.encode("ascii")
 

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckpt.storage.files import ALIGNMENT, File, Files
 
@@ -124,6 +124,19 @@ class Faulty(Files):
 
     def remove_folder(self, path: str) -> None:
         self.watch.step("rmdir", path, lambda: os.rmdir(path))
+
+
+def watch_messages(watch: Watch) -> None:
+    """Count what this rank sends and receives, too: between two messages the others wait for it."""
+    from torch import distributed
+
+    for name in ("all_gather_into_tensor", "all_reduce", "gather", "scatter", "broadcast"):
+        send = getattr(distributed, name)
+
+        def watched(*args: Any, name: str = name, send: Callable[..., Any] = send, **options: Any) -> None:
+            watch.step("message", name, lambda: send(*args, **options))
+
+        setattr(distributed, name, watched)
 
 
 def kills(operations: list[Operation]) -> Iterator[Fault]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from torch import distributed
 
 from ckpt_formats.errors import CheckpointError
-from tests.crash.operations import Fault, Faulty, Operation, Watch, kills
+from tests.crash.operations import Fault, Faulty, Operation, Watch, kills, watch_messages
 from tests.crash.runs import debris, loads, saver, state
 from tests.ranks import Killed, run_ranks
 
@@ -56,22 +55,11 @@ def test_killed_at_any_point_keeps_the_previous_step_and_leaves_the_new_one_whol
 # several ranks
 
 
-def _watch_messages(watch: Watch) -> None:
-    """Count what this rank sends and receives, too: between two messages the others wait for it."""
-    for name in ("all_gather_into_tensor", "gather", "scatter", "broadcast"):
-        send = getattr(distributed, name)
-
-        def watched(*args: Any, name: str = name, send: Callable[..., Any] = send, **options: Any) -> None:
-            watch.step("message", name, lambda: send(*args, **options))
-
-        setattr(distributed, name, watched)
-
-
 def _save(
     rank: int, world_size: int, folder: str, step: int, victim: int, fault: Fault | None
 ) -> list[Operation] | str:
     watch = Watch(fault if rank == victim else None)
-    _watch_messages(watch)
+    watch_messages(watch)
     try:
         saver(Faulty(watch)).save(state(step, rank, world_size), Path(folder, f"step_{step}"))
     except CheckpointError as error:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import ckpt
+from ckpt_cli.main import cli
 from ckpt_formats.errors import CheckpointError
 from ckpt_formats.verify import verify
 from tests.formats.native.bounds import bounded
@@ -196,6 +198,32 @@ def _fuzz(base: Path, place: Path, seeds: range) -> None:
 
 def test_random_lies_end_in_our_errors(trained: Path, tmp_path: Path) -> None:
     _fuzz(trained, tmp_path, range(ROUNDS))
+
+
+def _tell_of(base: Path, run: Path, seed: int) -> None:
+    """Let each verb of the command look at a tampered checkpoint."""
+    dice = random.Random(seed)
+    tampered = Tampered(base)
+    lies = [
+        (_lie_in_page if dice.random() < 0.2 else _lie_in_root)(tampered, dice) for _ in range(dice.choice((1, 1, 2)))
+    ]
+    folder = str(tampered.write(run / "step_3"))
+    for words in (
+        ("ls", str(run)),
+        ("show", folder, "--json", "--values"),
+        ("show", folder, "model.0.weight"),
+        ("verify", folder),
+        ("diff", str(base), folder),
+        ("reshard", folder, str(run / "out"), "--mesh", "dp=2"),
+    ):
+        result = CliRunner().invoke(cli, words)
+        assert result.exit_code in (0, 1, 2), (seed, words, lies, result.exception)
+        assert "This is a bug" not in result.output, (seed, words, lies, result.output)
+
+
+def test_command_answers_random_lies_with_a_sentence(trained: Path, tmp_path: Path) -> None:
+    for seed in range(80):
+        _tell_of(trained, tmp_path / f"run_{seed}", seed)
 
 
 @pytest.mark.soak

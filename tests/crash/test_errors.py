@@ -40,7 +40,7 @@ def _is_committed(operations: list[Operation], fault: Fault) -> bool:
     return "link" in kinds[: fault.point] or (kinds[fault.point] == "link" and fault.when == "after")
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("code", [errno.EIO, pytest.param(errno.ENOSPC, marks=pytest.mark.soak)])
 def test_save_in_which_any_operation_fails_leaves_nothing_and_the_next_works(tmp_path: Path, code: int) -> None:
     saver().save(state(1), tmp_path / "step_1")
     watch = Watch()
@@ -104,11 +104,10 @@ def _fail_everywhere(rank: int, world_size: int, folder: str, code: int) -> int:
         counting = run / f"counted_{victim}"
         watch.seen.clear()
         same_saver.save(state(3, rank, world_size), counting)
-        operations = len(watch.seen) if rank == victim else 0
-        counts = [0] * world_size
-        torch_distributed().all_gather_object(counts, operations)
-        for point in range(counts[victim]):
-            for when in ("before", "half"):
+        kinds = [[operation.kind for operation in watch.seen]] * world_size
+        torch_distributed().all_gather_object(kinds, kinds[rank])
+        for point, kind in enumerate(kinds[victim]):
+            for when in ("before", "half") if kind == "write" else ("before",):
                 tried += 1
                 new = run / f"run_{tried}" / "step_2"
                 fault = Fault(point, when, code)
@@ -155,4 +154,4 @@ def torch_distributed():  # type: ignore[no-untyped-def]
 def test_any_operation_that_fails_on_any_rank_fails_the_save_on_every_rank(tmp_path: Path) -> None:
     tried = run_ranks(_fail_everywhere, 2, str(tmp_path), errno.ENOSPC, timeout=120)
     print(f"{tried[0]} failures on 2 ranks")
-    assert tried[0] > 50
+    assert tried[0] > 40

@@ -19,6 +19,7 @@ from ckpt.storage.files import Files
 from ckpt_formats.checkpoint import open_checkpoint
 from ckpt_formats.errors import CheckpointNotFoundError
 from ckpt_formats.verify import verify
+from tests.crash.operations import Faulty, Watch
 
 ROWS = 30
 """Rows of each rank."""
@@ -49,8 +50,8 @@ def blank(rank: int = 0, world_size: int = 1) -> dict[str, Any]:
 
 
 def saver(files: Files | None = None) -> Saver:
-    """What saves a state, in small pieces."""
-    return Saver(files, Staging(3, WINDOW))
+    """What saves a state, in small pieces; without syncing them, unless it is given `files` that do."""
+    return Saver(files or Faulty(Watch()), Staging(3, WINDOW))
 
 
 def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

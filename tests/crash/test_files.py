@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ckpt.storage.files import ALIGNMENT
+from ckpt.storage.files import ALIGNMENT, Files
 from ckpt_formats.errors import SaveFailedError
 from tests.crash.runs import debris, loads, saver, state
 
@@ -29,7 +29,7 @@ def test_writes_that_are_cut_short_are_continued(tmp_path: Path, monkeypatch: py
         return pwrite(fd, data[: max(ALIGNMENT, dice.randrange(len(data) + 1) // ALIGNMENT * ALIGNMENT)], at)
 
     monkeypatch.setattr(os, "pwrite", short)
-    saver().save(state(1), tmp_path / "step_1")
+    saver(Files()).save(state(1), tmp_path / "step_1")
     assert len(calls) > 10
     assert loads(tmp_path / "step_1", 1)
 
@@ -45,7 +45,7 @@ def test_short_write_that_ends_within_a_block_is_continued_from_the_block(
         return written if written <= ALIGNMENT else written - 100
 
     monkeypatch.setattr(os, "pwrite", short)
-    saver().save(state(1), tmp_path / "step_1")
+    saver(Files()).save(state(1), tmp_path / "step_1")
     assert loads(tmp_path / "step_1", 1)
 
 
@@ -58,7 +58,7 @@ def test_disk_that_takes_nothing_is_an_error_and_no_endless_loop(
 
     monkeypatch.setattr(os, "pwrite", stuck)
     with pytest.raises(SaveFailedError, match="took"):
-        saver().save(state(1), tmp_path / "step_1")
+        saver(Files()).save(state(1), tmp_path / "step_1")
     assert not debris(tmp_path / "step_1")
 
 
@@ -78,7 +78,7 @@ def test_file_system_without_direct_io_is_written_through_the_cache(
         return real(path, flags, *args, **options)
 
     monkeypatch.setattr(os, "open", without)
-    saver().save(state(1), tmp_path / "step_1")
+    saver(Files()).save(state(1), tmp_path / "step_1")
     assert refused
     assert loads(tmp_path / "step_1", 1)
 
@@ -89,7 +89,7 @@ def test_file_system_without_hard_links_is_told_and_left_clean(tmp_path: Path, m
 
     monkeypatch.setattr(os, "link", refuse)
     with pytest.raises(SaveFailedError, match="no hard links"):
-        saver().save(state(1), tmp_path / "step_1")
+        saver(Files()).save(state(1), tmp_path / "step_1")
     assert not debris(tmp_path / "step_1")
 
 
@@ -103,7 +103,7 @@ def memory() -> Iterator[Path]:
 
 
 def test_saves_to_memory(memory: Path) -> None:
-    saver().save(state(1), memory / "run" / "step_1")
+    saver(Files()).save(state(1), memory / "run" / "step_1")
     assert loads(memory / "run" / "step_1", 1)
 
 
@@ -119,7 +119,7 @@ def test_folders_above_that_may_not_be_read_are_no_hindrance(tmp_path: Path, mon
         return real(path, flags, *args, **options)
 
     monkeypatch.setattr(os, "open", closed)
-    saver().save(state(1), upper / "run" / "step_1")
+    saver(Files()).save(state(1), upper / "run" / "step_1")
     assert loads(upper / "run" / "step_1", 1)
 
 
@@ -128,7 +128,7 @@ def test_file_in_the_place_of_a_folder_is_told(tmp_path: Path, place: str) -> No
     (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).write_text("mine")
     with pytest.raises(SaveFailedError, match="can't be made"):
-        saver().save(state(1), tmp_path / "run" / "step_1")
+        saver(Files()).save(state(1), tmp_path / "run" / "step_1")
     assert (tmp_path / place).read_text() == "mine"
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
         "/".join(place.split("/")[: depth + 1]) for depth in range(place.count("/") + 1)

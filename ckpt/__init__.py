@@ -7,6 +7,7 @@ ckpt.open("runs/a/step_100")["model.embed.weight"][0:10]
 
 from ckpt.api import load, open, save
 from ckpt.loading.load import LoadResult
+from ckpt.sampler import Sampler
 from ckpt.saving.save import SaveResult
 from ckpt.state import RNG, PerRank, Shard
 from ckpt_formats import errors
@@ -18,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "LoadResult",
     "PerRank",
+    "Sampler",
     "SaveResult",
     "Shard",
     "errors",

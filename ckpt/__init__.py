@@ -5,7 +5,9 @@ ckpt.load(state, "runs/a/step_100")      # in place, into whatever parallelism `
 ckpt.open("runs/a/step_100")["model.embed.weight"][0:10]
 """
 
-from ckpt.api import load, open, save
+from ckpt import events
+from ckpt.agent.saver import PendingSave
+from ckpt.api import async_save, load, open, save
 from ckpt.loading.load import LoadResult
 from ckpt.sampler import Sampler
 from ckpt.saving.save import SaveResult
@@ -18,11 +20,14 @@ __all__ = [
     "RNG",
     "Checkpoint",
     "LoadResult",
+    "PendingSave",
     "PerRank",
     "Sampler",
     "SaveResult",
     "Shard",
+    "async_save",
     "errors",
+    "events",
     "load",
     "open",
     "register_value",

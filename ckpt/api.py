@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 
+from ckpt.agent.saver import AsyncSaver, CaptureMode, PendingSave
 from ckpt.collective import ProcessGroup
 from ckpt.loading.load import LoadResult
 from ckpt.loading.load import load as _load
@@ -18,6 +20,9 @@ from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.dtypes import DType
 
 _saver = Saver()
+_async_saver = AsyncSaver(_saver)
+# what is being captured when the process ends in good order is still saved
+atexit.register(_async_saver.close)
 
 
 def save(
@@ -47,6 +52,36 @@ def save(
         RankError: another rank failed; nothing was committed.
     """
     return _saver.save(state, path, step=step, process_group=process_group)
+
+
+def async_save(
+    state: Mapping[str, object],
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    process_group: ProcessGroup | None = None,
+    capture: CaptureMode = "lazy",
+) -> PendingSave:
+    """Save a training state without stopping the training; returns as soon as it may go on.
+
+    Collective like `save`. The state is copied into shared memory, from where an agent, a process of its own on this
+    node that outlives the trainers, writes and commits it. What an optimizer of the state owns (parameters and slots)
+    is copied while the next forward and backward pass run; the optimizer's `step` waits for what is left. Everything
+    else is copied before this returns. Several saves may be under way; when the memory for them is used up, a save
+    waits, and says so.
+
+    Args:
+        state, path, step, process_group: as for `save`.
+        capture: "eager" copies everything before this returns, for those who change parameters by other means than
+            `optimizer.step` (or wait for `pending.captured()` before they do).
+
+    Returns a handle: `captured()`, `committed()`, `wait()`, `done()`, `result()`. A save that failed says so there,
+    and at the next `async_save`.
+
+    Raises what `save` raises when the state can't be saved, and SaveFailedError when ranks are on several nodes, which
+    is not supported yet.
+    """
+    return _async_saver.save(state, path, step=step, process_group=process_group, capture=capture)
 
 
 def load(

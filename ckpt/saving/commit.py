@@ -16,7 +16,7 @@ import numpy as np
 from ckpt.storage.data_file import WrittenFile
 from ckpt.storage.files import Files
 from ckpt.storage.publish import Folder, publish, write_pages
-from ckpt_formats.codecs import RAW
+from ckpt_formats.codecs import KNOWN
 from ckpt_formats.digest import BLOCK_SIZE
 from ckpt_formats.dtypes import dtype as dtype_named
 from ckpt_formats.manifest import TensorMeta
@@ -112,7 +112,7 @@ def commit(files: Files, folder: Folder, attempt: str, contents: Contents, parts
         attempt=attempt,
         step=contents.step,
         block_size=BLOCK_SIZE,
-        codecs=[RAW],
+        codecs=KNOWN[: int(rows.codec.max(initial=0)) + 1],
         files=[DataFile(file.path, file.size, file.header, file.digest) for file in written],
         pages=pages,
         tensors=tensors,

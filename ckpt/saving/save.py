@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import secrets
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
-from ckpt.phases import Phases
+from ckpt.events import Operation, Phase
 from ckpt.provenance import provenance
 from ckpt.saving.commit import Contents, Part, commit, split_files
 from ckpt.saving.plan import Assigned, Plan, decode_assignment, describe, encode_assignment, make_plan, merge_entries
@@ -75,6 +76,7 @@ class Saver:
         self.files = files or Files()
         self.staging = staging or Staging()
         self.plans: OrderedDict[str, _Known] = OrderedDict()
+        self._one_at_a_time = threading.Lock()
 
     def save(
         self,
@@ -87,8 +89,11 @@ class Saver:
         """See ckpt.save."""
         folder = os.path.abspath(os.fspath(path))
         step = names.step_of(os.path.basename(folder)) if step is None else _step(step)
-        with collector.paused():
-            return _Attempt(self, Collective(process_group), folder, step).run(state)
+        # one at a time: threads that share the staging buffers could each wait for the others'
+        with self._one_at_a_time, collector.paused():
+            attempt = Attempt(self, Collective(process_group), folder, step)
+            with attempt.operation:
+                return attempt.run(state)
 
     def remember(self, key: str, known: _Known) -> None:
         """Keep a plan, and forget the one that was not used for longest."""
@@ -98,19 +103,34 @@ class Saver:
             self.plans.popitem(last=False)
 
 
-class _Attempt:
-    """One attempt at one checkpoint, on one rank."""
+class Planned(NamedTuple):
+    """What one rank has to write."""
 
-    def __init__(self, saver: Saver, group: Collective, path: str, step: int | None) -> None:
+    attempt: str
+    chunks: Sequence[Chunk]
+    plan: Plan | None
+    """On rank 0 only."""
+
+
+class Attempt:
+    """One attempt at one checkpoint, on one rank.
+
+    Attributes:
+        operation: what it tells of itself.
+        folder: on rank 0, the folder that was made for it.
+    """
+
+    def __init__(self, saver: Saver, group: Collective, path: str, step: int | None, name: str = "save") -> None:
         self._saver = saver
         self._group = group
         self._path = path
         self._step = step
-        self._phases = Phases()
+        self.operation = Operation(name, path, step=step, rank=group.rank, world_size=group.world_size)
+        group.waiting = self.operation.waiting
         self._blobs: dict[str, bytes] = {}
         # what follows is rank 0's
+        self.folder: Folder | None = None
         self._attempt = ""
-        self._folder: Folder | None = None
         self._values: dict[str, Any] = {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._blob_sizes: dict[str, int] = {}
@@ -118,27 +138,44 @@ class _Attempt:
     def run(self, state: Mapping[str, object]) -> SaveResult:
         """Describe, plan, write, commit."""
         try:
-            with self._phases("describe"):
-                local, description, hello, failure = self._describe(state)
-            with self._phases("plan"):
-                opened = json.loads(self._group.exchange(hello, failure, self._open))
-                known = self._agree_on_plan(opened["key"], opened["cached"], description)
-            with self._phases("write"):
-                part, failure = self._write(local, known.assignment, opened["attempt"], opened["blobs"])
-            with self._phases("commit"):
-                finish = partial(self._finish, known.plan)
-                total = int(self._group.exchange(part, failure, finish))
+            planned = self.plan(state)
+            with self.operation.phase("write") as phase:
+                part, phase.failure = self._write(planned, phase)
+            with self.operation.phase("commit"):
+                finish = partial(self._finish, planned.plan)
+                total = int(self._group.exchange(part, phase.failure, finish))
+            self.operation.bytes = total
         except BaseException:
-            if self._folder is not None:
-                discard(self._saver.files, self._folder, self._attempt)
+            self.discard()
             raise
         return SaveResult(
             path=self._path,
             step=self._step,
             bytes=total,
-            seconds=self._phases.total,
-            phases=self._phases.seconds,
+            seconds=self.operation.total,
+            phases=self.operation.seconds,
         )
+
+    def plan(self, state: Mapping[str, object], failure: BaseException | None = None) -> Planned:
+        """Agree with the other ranks on who writes what, and make the folders. Collective.
+
+        A `failure` of this rank, from before, ends the attempt on every rank.
+        """
+        with self.operation.phase("describe") as phase:
+            local, description, hello, phase.failure = self._describe(state)
+        with self.operation.phase("plan"):
+            opened = json.loads(self._group.exchange(hello, failure or phase.failure, self._open))
+            known = self._agree_on_plan(opened["key"], opened["cached"], description)
+        chunks = chunks_of(local, known.assignment)
+        for name, data in self._blobs.items():
+            if opened["blobs"][name] == self._group.rank:
+                chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
+        return Planned(opened["attempt"], chunks, known.plan)
+
+    def discard(self) -> None:
+        """On rank 0, remove what the attempt has left behind."""
+        if self.folder is not None:
+            discard(self._saver.files, self.folder, self._attempt)
 
     def _describe(self, state: Mapping[str, object]) -> tuple[LocalState, bytes, bytes, BaseException | None]:
         """What this rank holds, and its greeting to rank 0: everything that changes from save to save."""
@@ -194,7 +231,7 @@ class _Attempt:
         key = hexdigest("".join(hello["digest"] for hello in hellos).encode())
         self._attempt = secrets.token_hex(8)
         try:
-            self._folder = prepare_folder(self._saver.files, self._path)
+            self.folder = prepare_folder(self._saver.files, self._path)
         except OSError as error:
             raise _explain(error, self._path, 0) from error
         return _json(
@@ -222,34 +259,31 @@ class _Attempt:
         self._saver.remember(key, known)
         return known
 
-    def _write(
-        self, local: LocalState, assignment: Sequence[Assigned], attempt: str, writers: Mapping[str, int]
-    ) -> tuple[bytes, BaseException | None]:
+    def _write(self, planned: Planned, phase: Phase) -> tuple[bytes, BaseException | None]:
         """Write this rank's files. Returns its part, encoded."""
         rank = self._group.rank
         try:
-            chunks = chunks_of(local, assignment)
-            for name, data in self._blobs.items():
-                if writers[name] == rank:
-                    chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
             written = [
                 write_data_file(
-                    self._saver.files, self._path, names.data_path(rank, number, attempt), some, self._saver.staging
+                    self._saver.files,
+                    self._path,
+                    names.data_path(rank, number, planned.attempt),
+                    some,
+                    self._saver.staging,
                 )
-                for number, some in enumerate(split_files(chunks))
+                for number, some in enumerate(split_files(planned.chunks))
             ]
-            return Part(written, [[chunk.name for chunk in some] for some in split_files(chunks)]).encode(), None
+            phase.bytes = sum(file.size for file in written)
+            chunk_names = [[chunk.name for chunk in some] for some in split_files(planned.chunks)]
+            return Part(written, chunk_names).encode(), None
         except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
             return b"", _explain(error, self._path, rank)
 
-    def _finish(self, plan: Plan | None, payloads: list[bytes]) -> bytes:
-        """On rank 0: commit what everybody wrote."""
-        if plan is None or self._folder is None:
-            raise AssertionError("only rank 0, which planned, commits")
-        parts = [Part.decode(payload) for payload in payloads]
+    def contents(self, plan: Plan) -> Contents:
+        """On rank 0: what the checkpoint says beside its chunks."""
         tensors: dict[str, tuple[str, tuple[int, ...], int | None]] = dict(plan.tensors)
         tensors.update({name: ("uint8", (size,), None) for name, size in self._blob_sizes.items()})
-        contents = Contents(
+        return Contents(
             step=self._step,
             tensors=tensors,
             aliases=plan.aliases,
@@ -258,8 +292,14 @@ class _Attempt:
             layout={"world_size": self._group.world_size, "meshes": plan.meshes, "cuts": plan.cuts},
             provenance=provenance(),
         )
+
+    def _finish(self, plan: Plan | None, payloads: list[bytes]) -> bytes:
+        """On rank 0: commit what everybody wrote."""
+        if plan is None or self.folder is None:
+            raise AssertionError("only rank 0, which planned, commits")
+        parts = [Part.decode(payload) for payload in payloads]
         try:
-            commit(self._saver.files, self._folder, self._attempt, contents, parts)
+            commit(self._saver.files, self.folder, self._attempt, self.contents(plan), parts)
         except OSError as error:
             raise _explain(error, self._path, 0) from error
         return str(sum(int(file.rows.length.sum()) for part in parts for file in part.files)).encode()

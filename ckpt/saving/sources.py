@@ -15,12 +15,12 @@ from ckpt_formats.geometry import flat_boxes
 class TensorSource:
     """The elements of a tensor (shape and strides of any kind) in row-major order."""
 
-    __slots__ = ("_bytes", "_tensor")
+    __slots__ = ("_bytes", "tensor")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.resolve_conj().resolve_neg()
-        self._tensor = tensor
+        self.tensor = tensor
         self._bytes = bytes_view(tensor) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
 
     def read(self, start: int, stop: int, into: memoryview) -> None:
@@ -32,7 +32,7 @@ class TensorSource:
                 # numpy copies without the interpreter lock, so that the writing threads go on
                 np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(self._bytes[start:stop], np.uint8))
             return
-        tensor = self._tensor
+        tensor = self.tensor
         itemsize = tensor.element_size()
         at = 0
         for box in flat_boxes(tuple(tensor.shape), start // itemsize, stop // itemsize):

@@ -253,7 +253,7 @@ class Inventory:
 
 
 def _view(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.data if tensor.requires_grad else tensor
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _part(local: torch.Tensor, box: Box) -> torch.Tensor:

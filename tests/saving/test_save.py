@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -264,3 +265,14 @@ def killed_elsewhere(rank: int, world_size: int, folder: str) -> None:
 def test_a_place_that_can_not_be_written_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     run_ranks(killed_elsewhere, 2, str(tmp_path))
+
+
+def test_threads_may_save_at_once(tmp_path: Path) -> None:
+    states = [{"w": torch.full((9 << 20,), float(k))} for k in range(6)]
+    with ThreadPoolExecutor(len(states)) as pool:
+        saves = [pool.submit(ckpt.save, state, tmp_path / str(k)) for k, state in enumerate(states)]
+        for save in saves:
+            save.result(timeout=60)
+    for k in range(len(states)):
+        with ckpt.open(tmp_path / str(k)) as checkpoint:
+            assert checkpoint["w"][-1].item() == k

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckpt_formats.arrays import AnyArray, Buffer, Int64Array, UInt8Array
-from ckpt_formats.digest import DIGEST_SIZE
+from ckpt_formats.digest import DIGEST_SIZE, as_rows
 from ckpt_formats.errors import FormatError
+from ckpt_formats.geometry import Box
 from ckpt_formats.safetensors_file import pack_columns, unpack_columns
 
 PAGE_ROWS = 1 << 18
@@ -93,6 +94,31 @@ def unpack(data: Buffer, what: str) -> IndexRows:
         if int(rows.size.min(initial=1)) < 1:
             raise FormatError(f"{what}: a box without elements")
     return rows
+
+
+def build(
+    boxes: Sequence[Box],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    digests: Sequence[bytes],
+    block: Sequence[int],
+    block_digest: Sequence[bytes],
+) -> IndexRows:
+    """The rows of one data file (file 0), stored raw, from what was noted while it was written."""
+    ndim = max((len(box.sizes) for box in boxes), default=1) or 1
+    offsets = [(*box.offsets, *(0,) * (ndim - len(box.offsets))) for box in boxes]
+    sizes = [(*box.sizes, *(1,) * (ndim - len(box.sizes))) for box in boxes]
+    return IndexRows(
+        offset=np.array(offsets, np.int64).reshape(-1, ndim),
+        size=np.array(sizes, np.int64).reshape(-1, ndim),
+        file=np.zeros(len(boxes), np.int64),
+        start=np.array(starts, np.int64),
+        length=np.array(lengths, np.int64),
+        codec=np.zeros(len(boxes), np.uint8),
+        digest=as_rows(digests),
+        block=np.array(block, np.int64),
+        block_digest=as_rows(block_digest),
+    )
 
 
 def merge(parts: Sequence[IndexRows], file_base: Sequence[int]) -> IndexRows:

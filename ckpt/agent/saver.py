@@ -1,0 +1,286 @@
+"""Saving without stopping: plan with the other ranks, capture into the arena, and let the agent write and commit.
+
+`async_save` returns once everything that an optimizer does not own is captured; the rest is copied while the next
+forward and backward pass run, and the optimizer's step waits for what is left of it by a hook that is set here. From
+when every rank has captured, the save completes although all trainers die.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ckpt import collector
+from ckpt.agent.client import AgentClient, Slot, failure
+from ckpt.agent.server import describe
+from ckpt.agent.wire import Message
+from ckpt.collective import Collective, ProcessGroup
+from ckpt.saving.capture import Capture, Laid, lay_files
+from ckpt.saving.save import Attempt, Saver, SaveResult
+from ckpt.state.dtensor import local_tensor
+from ckpt.state.entries import entries_of
+from ckpt_formats.errors import CheckpointError, SaveFailedError
+from ckpt_formats.native import names
+
+SLOT_TIMEOUT = 600.0
+"""Seconds that a save waits for an earlier one to be written before it fails."""
+SAID = 1.0
+"""Seconds of waiting after which it is said that a save waits."""
+
+log = logging.getLogger("ckpt")
+
+CaptureMode = Literal["lazy", "eager"]
+
+
+class PendingSave:
+    """A save under way: what to wait for, and what became of it.
+
+    Attributes:
+        path: the checkpoint's folder.
+        step: the training step it is of.
+        attempt: the id of the attempt.
+        handed: set when this rank's part was handed to the agent, or given up.
+        phases: seconds of this rank in each phase of the call.
+        blocked: seconds for which the call that began it did not return.
+    """
+
+    def __init__(self, client: AgentClient, attempt: str, path: str, step: int | None) -> None:
+        self.attempt = attempt
+        self.path = path
+        self.step = step
+        self.blocked = 0.0
+        self.phases: Mapping[str, float] = {}
+        self.handed = threading.Event()
+        self._client = client
+        self._lock = threading.Lock()
+        self._end: Message | None = None
+
+    def captured(self, timeout: float = SLOT_TIMEOUT) -> None:
+        """Wait until every rank has captured its part: from now on the state may be changed in any way, and the save
+        completes although trainers die.
+
+        Raises:
+            CheckpointError: the save failed, or was not captured within `timeout` seconds; names the ranks waited for.
+        """
+        self._status("captured", timeout)
+
+    def committed(self, timeout: float = SLOT_TIMEOUT) -> None:
+        """Wait until the checkpoint is on stable storage and will be found by the next start. Raises as `captured`."""
+        self._status("committed", timeout)
+
+    durable = committed
+
+    def wait(self, timeout: float = SLOT_TIMEOUT) -> SaveResult:
+        """Wait until it is committed, and say what was done. Raises as `captured`."""
+        end = self._status("committed", timeout)
+        return SaveResult(
+            path=self.path, step=self.step, bytes=end["bytes"], seconds=end["seconds"], phases=self.phases
+        )
+
+    result = wait
+
+    def done(self) -> bool:
+        """Whether it is over, well or not. Never waits."""
+        try:
+            self._ask("committed", 0.0)
+        except CheckpointError:
+            return True
+        return self._end is not None
+
+    def _status(self, until: str, timeout: float) -> Message:
+        begin = time.monotonic()
+        if not self.handed.wait(timeout):
+            raise SaveFailedError(f"{self.path}: this rank did not capture its part within {timeout} s", path=self.path)
+        status = self._ask(until, max(0.0, timeout - (time.monotonic() - begin)))
+        if not status[until]:
+            ranks = ", ".join(map(str, status["waits_for"])) or "none: the files are still being written"
+            raise SaveFailedError(
+                f"{self.path}: not {until} within {timeout} s; ranks that have not captured yet: {ranks}",
+                path=self.path,
+            )
+        return status
+
+    def _ask(self, until: str, timeout: float) -> Message:
+        with self._lock:
+            status = self._end
+        if status is None:
+            status = self._client.wait(self.attempt, until, timeout)
+            if status.get("error") or status.get("committed"):
+                with self._lock:
+                    self._end = status
+        if status.get("error"):
+            raise failure(status)
+        return status
+
+
+class AsyncSaver:
+    """Saves states without stopping the training; one per process.
+
+    Makes the agent at its first save, or when `start` is called. Close it when no more is to be saved: the agent then
+    writes what is left, and ends.
+    """
+
+    def __init__(self, saver: Saver | None = None) -> None:
+        self._saver = saver or Saver()
+        self._client: AgentClient | None = None
+        self._last: PendingSave | None = None
+        self._fenced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._captures: list[Capture] = []
+
+    def start(self, group: Collective) -> AgentClient:
+        """Make sure that this node has an agent. Collective."""
+        if self._client is None:
+            self._client = AgentClient.join(group)
+        return self._client
+
+    def save(
+        self,
+        state: Mapping[str, object],
+        path: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        process_group: ProcessGroup | None = None,
+        capture: CaptureMode = "lazy",
+    ) -> PendingSave:
+        """See ckpt.async_save."""
+        begin = time.perf_counter()
+        group = Collective(process_group)
+        client = self.start(group)
+        folder = os.path.abspath(os.fspath(path))
+        if step is None:
+            step = names.step_of(os.path.basename(folder))
+        attempt = Attempt(self._saver, group, folder, step)
+        with collector.paused():
+            slot: Slot | None = None
+            try:
+                planned = attempt.plan(state, self._earlier_failure() if group.rank == 0 else None)
+            except BaseException:
+                attempt.discard()
+                raise
+            try:
+                if planned.plan is not None and attempt.folder is not None:  # on rank 0
+                    contents = describe(attempt.contents(planned.plan))
+                    client.begin(planned.attempt, attempt.folder, group.world_size, contents)
+                # no rank may hand over its part before rank 0 has opened the save
+                group.agree(None)
+                files, nbytes = lay_files(planned.chunks)
+                slot = self._slot(client, nbytes, folder)
+                owned = self._fence(state) if capture == "lazy" else frozenset()
+                pending = PendingSave(client, planned.attempt, folder, step)
+                self._capture(client, files, slot, pending, owned)
+            except BaseException as error:
+                client.abandon(planned.attempt, slot, error)
+                raise
+        self._last = pending
+        pending.phases = attempt.operation.seconds
+        pending.blocked = time.perf_counter() - begin
+        return pending
+
+    def close(self) -> None:
+        """Leave the agent, which writes what is left and ends."""
+        for capture in self._captures:
+            capture.wait(SLOT_TIMEOUT)
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        self._last = None
+
+    def _earlier_failure(self) -> BaseException | None:
+        """Why the save before this one failed, if it did and nobody has asked: a failure must not pass in silence."""
+        last, self._last = self._last, None
+        if last is None:
+            return None
+        try:
+            last._ask("committed", 0.0)
+        except CheckpointError as error:
+            return error
+        return None
+
+    def _capture(
+        self, client: AgentClient, files: list[Laid], slot: Slot, pending: PendingSave, owned: frozenset[int]
+    ) -> None:
+        """Begin to copy into the slot; whoever ends it hands the slot to the agent."""
+        attempt = pending.attempt
+        capture = Capture(files, slot.view, lambda tensor: tensor.untyped_storage().data_ptr() in owned)
+        table = _table(files, attempt, client.rank)
+
+        def then(error: BaseException | None) -> None:
+            try:
+                if error is None:
+                    client.captured(attempt, slot, table)
+                else:
+                    client.abandon(attempt, slot, error)
+            except CheckpointError as lost:
+                log.warning("%s: %s", pending.path, lost)
+            finally:
+                pending.handed.set()
+
+        self._captures = [earlier for earlier in self._captures if not earlier.copied]
+        self._captures.append(capture)
+        capture.start(then)
+
+    def _slot(self, client: AgentClient, nbytes: int, folder: str) -> Slot:
+        slot = client.slot(nbytes, SAID)
+        if slot is None:
+            begin = time.monotonic()
+            log.warning("%s: waits for earlier saves to be written: the arena is full", folder)
+            slot = client.slot(nbytes, SLOT_TIMEOUT)
+            if slot is None:
+                raise SaveFailedError(
+                    f"{folder}: earlier saves were not written within {SLOT_TIMEOUT:.0f} s, so there is no room to "
+                    "capture this one; save less often, or to faster storage",
+                    path=folder,
+                )
+            log.warning("%s: waited %.1f s for the arena", folder, time.monotonic() - begin)
+        return slot
+
+    def _fence(self, state: Mapping[str, object]) -> frozenset[int]:
+        """Make the optimizers wait for captures before they step; returns the addresses of the storages that they
+        own.
+        """
+        owned: set[int] = set()
+        for entry in entries_of(state):
+            optimizer = entry.value
+            if entry.kind != "optimizer" or not isinstance(optimizer, torch.optim.Optimizer):
+                continue
+            if optimizer not in self._fenced:
+                self._fenced.add(optimizer)
+                optimizer.register_step_pre_hook(self._before_step)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    owned.add(_address(parameter))
+                    slots = optimizer.state.get(parameter)
+                    for value in (slots or {}).values():
+                        if isinstance(value, torch.Tensor):
+                            owned.add(_address(value))
+        return frozenset(owned)
+
+    def _before_step(self, *_: object) -> None:
+        for capture in self._captures:
+            capture.wait(SLOT_TIMEOUT)
+        self._captures = []
+
+
+def _address(tensor: torch.Tensor) -> int:
+    local = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
+    return int(local.untyped_storage().data_ptr())
+
+
+def _table(files: list[Laid], attempt: str, rank: int) -> list[Any]:
+    """What lies in a slot, for the agent."""
+    table = []
+    for number, laid in enumerate(files):
+        chunks = [
+            [chunk.name, *chunk.box, start, chunk.nbytes]
+            for chunk, start in zip(laid.chunks, laid.layout.starts, strict=True)
+        ]
+        table.append([names.data_path(rank, number, attempt), len(laid.layout.header), laid.layout.size, chunks])
+    return table

@@ -125,6 +125,18 @@ class Files:
         """Give a file a second name, atomically. Raises FileExistsError if the name is taken."""
         os.link(source, target)
 
+    def rename(self, source: str, target: str) -> None:
+        """Give a file another name, atomically; what had that name before is gone."""
+        os.replace(source, target)
+
+    def sync_file(self, path: str) -> None:
+        """Return when the bytes and size of a file that somebody wrote before are on stable storage."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def remove(self, path: str) -> None:
         """Remove a name of a file."""
         os.unlink(path)

@@ -104,11 +104,19 @@ def publish(files: Files, folder: Folder, root: Root) -> None:
         CheckpointExistsError: another attempt committed at this path meanwhile.
         OSError: nothing was committed.
     """
+    publish_encoded(files, folder, root.attempt, encode(root))
+
+
+def publish_encoded(files: Files, folder: Folder, attempt: str, root: bytes) -> None:
+    """The same with the root as bytes: those of another checkpoint, when this is its copy.
+
+    `attempt` is that of whoever publishes, which is not the copied root's own.
+    """
     path = folder.path
     for name in (names.DATA, names.INDEX):
         files.sync_folder(os.path.join(path, name))
-    temporary = os.path.join(path, names.temporary_manifest(root.attempt))
-    _write_small(files, temporary, encode(root))
+    temporary = os.path.join(path, names.temporary_manifest(attempt))
+    _write_small(files, temporary, root)
     files.sync_folder(path)
     _sync_above(files, folder)
     _link(files, temporary, os.path.join(path, names.MANIFEST), path)

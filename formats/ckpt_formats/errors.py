@@ -10,9 +10,11 @@ __all__ = [
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
+    "ConfigurationError",
     "CorruptionError",
     "CoverageError",
     "DtypeMismatchError",
+    "FactsError",
     "FormatError",
     "LayoutError",
     "MissingTensorError",
@@ -118,6 +120,14 @@ class UnsupportedValueError(CheckpointError, TypeError):
 
 class ValuesDifferError(CheckpointError, ValueError):
     """A plain value differs between ranks and is not marked as per-rank."""
+
+
+class FactsError(CheckpointError, ValueError):
+    """A tag or metric that can't be recorded beside a checkpoint."""
+
+
+class ConfigurationError(CheckpointError, ValueError):
+    """An environment variable of this project has a value that means nothing."""
 
 
 class LayoutError(CheckpointError, ValueError):

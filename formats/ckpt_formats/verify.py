@@ -304,7 +304,7 @@ class _Verification:
             self._report(Damage(names.MANIFEST, f"the value {what!r} does not decode: {error}"))
 
     def _find_debris(self, root: Root) -> Iterator[Debris]:
-        listed = {names.MANIFEST, *(file.path for file in root.files), *(page.path for page in root.pages)}
+        listed = {names.MANIFEST, names.FACTS, *(file.path for file in root.files), *(page.path for page in root.pages)}
         for folder, _, files in os.walk(self._folder):
             for file in sorted(files):
                 path = os.path.join(folder, file)

@@ -24,10 +24,10 @@ class Recorded(NamedTuple):
     """One operation on the file system."""
 
     kind: str
-    """mkdir, create, write, truncate, sync, sync_folder, link, remove or rmdir."""
+    """mkdir, create, write, truncate, sync, sync_folder, link, rename, remove or rmdir."""
     path: str
     source: str = ""
-    """What is linked to `path`."""
+    """What is linked to `path`, or gets its name."""
     at: int = 0
     """Where is written, or the size that a file gets."""
     data: bytes = b""
@@ -65,6 +65,14 @@ class Recorder(Files):
     def link(self, source: str, target: str) -> None:
         super().link(source, target)
         self.note("link", target, source)
+
+    def rename(self, source: str, target: str) -> None:
+        super().rename(source, target)
+        self.note("rename", target, source)
+
+    def sync_file(self, path: str) -> None:
+        super().sync_file(path)
+        self.note("sync", path)
 
     def remove(self, path: str) -> None:
         super().remove(path)
@@ -108,8 +116,8 @@ class _File:
 class _Folder:
     durable: dict[str, _Node] = field(default_factory=dict)
     """Names that are safe."""
-    pending: list[tuple[str, _Node | None]] = field(default_factory=list)
-    """Since the last sync: names given and, with None, taken."""
+    pending: list[dict[str, _Node | None]] = field(default_factory=list)
+    """Since the last sync: names given and, with None, taken. A rename does both at once."""
     now: dict[str, _Node] = field(default_factory=dict)
     """Names as a running system sees them."""
 
@@ -163,12 +171,18 @@ class Disk:
         name = os.path.basename(path)
         if kind in ("remove", "rmdir"):
             del parent.now[name]
-            parent.pending.append((name, None))
+            parent.pending.append({name: None})
+            return
+        if kind == "rename":
+            assert os.path.dirname(operation.source) == os.path.dirname(path), operation
+            old = os.path.basename(operation.source)
+            parent.now[name] = parent.now.pop(old)
+            parent.pending.append({name: parent.now[name], old: None})
             return
         assert name not in parent.now, operation
         node = {"mkdir": _Folder, "create": _File}[kind]() if kind != "link" else self._find(operation.source)
         parent.now[name] = node
-        parent.pending.append((name, node))
+        parent.pending.append({name: node})
 
     def sync_all(self) -> None:
         """Make everything safe, as a long time does."""
@@ -206,13 +220,14 @@ class Disk:
 
         def walk(folder: _Folder, prefix: str) -> None:
             names = dict(folder.durable)
-            for name, node in folder.pending:
+            for change in folder.pending:
                 if not loss.names():
                     continue
-                if node is None:
-                    names.pop(name, None)
-                else:
-                    names[name] = node
+                for name, node in change.items():
+                    if node is None:
+                        names.pop(name, None)
+                    else:
+                        names[name] = node
             for name, node in sorted(names.items()):
                 path = prefix + name
                 if isinstance(node, _Folder):

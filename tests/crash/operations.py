@@ -19,7 +19,7 @@ class Operation(NamedTuple):
     """One operation."""
 
     kind: str
-    """mkdir, create, write, truncate, sync, sync_folder, link, remove or rmdir."""
+    """mkdir, create, write, truncate, sync, sync_folder, link, rename, remove or rmdir."""
     path: str
 
 
@@ -121,6 +121,12 @@ class Faulty(Files):
 
     def link(self, source: str, target: str) -> None:
         self.watch.step("link", target, lambda: os.link(source, target))
+
+    def rename(self, source: str, target: str) -> None:
+        self.watch.step("rename", target, lambda: os.replace(source, target))
+
+    def sync_file(self, path: str) -> None:
+        self.watch.step("sync", path, _nothing)
 
     def remove(self, path: str) -> None:
         self.watch.step("remove", path, lambda: os.unlink(path))

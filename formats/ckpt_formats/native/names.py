@@ -9,12 +9,15 @@ from ckpt_formats.geometry import Box
 from ckpt_formats.safetensors_file import PAD_PREFIX
 
 MANIFEST = "manifest.json"
+FACTS = "facts.json"
+"""Mutable facts beside the manifest; never listed by it."""
 DATA = "data"
 INDEX = "index"
 MAX_NAME = 255
 """Characters of a file's name; file systems allow no more bytes."""
 
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
+_OURS = re.compile(r"\d{3,}(?:\.\d+)?-([0-9a-f]{16})\.safetensors|\.[a-z]+-([0-9a-f]{16})\.tmp")
 _STEP = re.compile(r"step[_-]?(\d+)")
 
 
@@ -26,6 +29,17 @@ def is_attempt(text: object) -> bool:
 def temporary_manifest(attempt: str) -> str:
     """The root's name while it is written."""
     return f".manifest-{attempt}.tmp"
+
+
+def temporary(what: str, attempt: str) -> str:
+    """The name of a file of another kind while it is written: `what` is a lower-case word."""
+    return f".{what}-{attempt}.tmp"
+
+
+def attempt_of(name: str) -> str | None:
+    """The attempt that a file's name bears; None when it is no name of this format (or is without, as the root's)."""
+    match = _OURS.fullmatch(name)
+    return match.group(1) or match.group(2) if match else None
 
 
 def data_path(writer: int, part: int, attempt: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -23,25 +23,13 @@ _OK = b"\0"
 _FAILED = b"\1"
 
 
-@contextmanager
-def _together() -> Iterator[None]:
-    """Make torch's error about a rank that is gone one of ours."""
-    try:
-        yield
-    except RuntimeError as error:
-        # what torch says, a place in its own sources, stays behind as the cause
-        raise RankError(
-            "another rank died, or did not answer within the process group's time limit, while ranks took part in the "
-            "same save or load; start the ranks anew, and go on from the last committed checkpoint"
-        ) from error
-
-
 class Collective:
     """Ranks that act together; rank 0 coordinates.
 
     Attributes:
         rank: this process's rank.
         world_size: how many ranks there are.
+        waiting: makes a context for every communication, in which this rank mostly waits for the others.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -56,13 +44,27 @@ class Collective:
             self.rank = 0
             self.world_size = 1
             self._device = torch.device("cpu")
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
         self._own: BaseException | None = None
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Make torch's error about a rank that is gone one of ours."""
+        try:
+            with self.waiting():
+                yield
+        except RuntimeError as error:
+            # what torch says, a place in its own sources, stays behind as the cause
+            raise RankError(
+                "another rank died, or did not answer within the process group's time limit, while ranks took part in "
+                "the same save or load; start the ranks anew, and go on from the last committed checkpoint"
+            ) from error
 
     def gather(self, payload: bytes) -> list[bytes] | None:
         """Every rank's payload in rank order, on rank 0; None elsewhere."""
         if self.world_size == 1:
             return [payload]
-        with _together():
+        with self._together():
             sizes = self._sizes(len(payload))
             mine = self._tensor(payload, max(sizes))
             if self.rank:
@@ -76,7 +78,7 @@ class Collective:
         """Rank k gets payloads[k] of rank 0, which alone gives them."""
         if self.world_size == 1 and payloads is not None:
             return payloads[0]
-        with _together():
+        with self._together():
             sizes = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
             if payloads is not None:
                 sizes = torch.tensor([len(payload) for payload in payloads], dtype=torch.int64, device=self._device)
@@ -91,7 +93,7 @@ class Collective:
         """Everybody gets the payload of rank 0, which alone gives it."""
         if self.world_size == 1 and payload is not None:
             return payload
-        with _together():
+        with self._together():
             size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=self._device)
             dist.broadcast(size, group=self._group, group_src=0)
             count = int(size)
@@ -132,7 +134,7 @@ class Collective:
                 raise failure
             return question
         flags = torch.tensor([failure is not None, question], dtype=torch.int32, device=self._device)
-        with _together():
+        with self._together():
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
         failed, any_question = flags.tolist()
         if failed:

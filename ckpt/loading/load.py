@@ -16,7 +16,7 @@ import torch
 
 from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
-from ckpt.phases import Phases
+from ckpt.events import Operation
 from ckpt.state import LocalTensor, SavedState, SavedTensor, Target, build_target
 from ckpt.state.references import LEAVES
 from ckpt.state.torch_dtypes import as_carrier, dtype_of, from_carrier, torch_dtype
@@ -72,30 +72,36 @@ def load(
     process_group: ProcessGroup | None = None,
 ) -> LoadResult:
     """See ckpt.load."""
-    with collector.paused():
-        return _run(state, os.fspath(path), strict, cast, Collective(process_group))
+    folder, group = os.fspath(path), Collective(process_group)
+    operation = Operation("load", folder, rank=group.rank, world_size=group.world_size)
+    group.waiting = operation.waiting
+    with collector.paused(), operation:
+        return _run(state, folder, strict, cast, group, operation)
 
 
-def _run(state: MutableMapping[str, object], folder: str, strict: bool, cast: bool, group: Collective) -> LoadResult:
-    phases = Phases()
+def _run(
+    state: MutableMapping[str, object], folder: str, strict: bool, cast: bool, group: Collective, operation: Operation
+) -> LoadResult:
     failure: BaseException | None = None
     load = _Load(state, folder, strict=strict, cast=cast, group=group)
     try:
-        with phases("plan"):
+        with operation.phase("plan"):
             load.plan()
+            operation.step = load.checkpoint.step
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks learn it
         failure = _named(error, folder)
-    with phases("agree"):
+    with operation.phase("agree"):
         # nothing is touched before every rank has found that it can load
         load.agree(failure)
     try:
-        with phases("read"):
+        with operation.phase("read") as phase:
             load.read()
+            phase.bytes = operation.bytes = load.stats.bytes_read
     except Exception as error:  # noqa: BLE001 - as above
         failure = _half_loaded(error)
-    with phases("agree"):
+    with operation.phase("agree"):
         group.agree(failure)
-    with phases("apply"):
+    with operation.phase("apply"):
         load.apply()
     target, stats = load.target, load.stats
     return LoadResult(
@@ -103,8 +109,8 @@ def _run(state: MutableMapping[str, object], folder: str, strict: bool, cast: bo
         step=load.checkpoint.step,
         bytes_needed=stats.bytes_needed,
         bytes_read=stats.bytes_read,
-        seconds=phases.total,
-        phases=phases.seconds,
+        seconds=operation.total,
+        phases=operation.seconds,
         missing=target.missing,
         unexpected=load.unexpected,
         per_rank_skipped=target.per_rank_skipped,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckpt import collector
-from ckpt.phases import Phases
+from ckpt.events import Operation
 from ckpt.provenance import provenance
 from ckpt.saving.commit import Contents, Part, commit, split_files
 from ckpt.storage.data_file import Chunk, Staging, write_data_file
@@ -79,10 +79,11 @@ def reshard(
         CheckpointExistsError: of the target.
         SaveFailedError: writing failed; nothing was committed.
     """
-    phases = Phases()
     files = files or Files()
-    with collector.paused(), open_checkpoint(source) as checkpoint:
+    path = os.path.abspath(os.fspath(target))
+    with collector.paused(), Operation("reshard", path) as operation, open_checkpoint(source) as checkpoint:
         manifest = checkpoint.manifest
+        operation.step = manifest.step
         cuts = _cuts(manifest, mesh, layout or Layout())
         done = 0
 
@@ -92,9 +93,9 @@ def reshard(
             if progress is not None:
                 progress(done, total)
 
-        per_rank = _assign(checkpoint, mesh, cuts)
+        with operation.phase("plan"):
+            per_rank = _assign(checkpoint, mesh, cuts)
         total = sum(part.nbytes for held in per_rank for part in held)
-        path = os.path.abspath(os.fspath(target))
         folder = prepare_folder(files, path)
         attempt = secrets.token_hex(8)
         staging = Staging()
@@ -103,13 +104,17 @@ def reshard(
             for rank, held in enumerate(per_rank):
                 written = []
                 chunk_names = []
-                for number, some in enumerate(split_files(held)):
-                    data = names.data_path(rank, number, attempt)
-                    chunks = _Feed(checkpoint, some, count).chunks()
-                    written.append(write_data_file(files, path, data, chunks, staging))
-                    chunk_names.append([chunk.name for chunk in chunks])
+                with operation.phase("write") as phase:
+                    for number, some in enumerate(split_files(held)):
+                        data = names.data_path(rank, number, attempt)
+                        chunks = _Feed(checkpoint, some, count).chunks()
+                        written.append(write_data_file(files, path, data, chunks, staging))
+                        chunk_names.append([chunk.name for chunk in chunks])
+                    phase.bytes = sum(file.size for file in written)
                 parts.append(Part(written, chunk_names))
-            commit(files, folder, attempt, _contents(manifest, mesh, cuts), parts)
+            with operation.phase("commit"):
+                commit(files, folder, attempt, _contents(manifest, mesh, cuts), parts)
+            operation.bytes = total
         except BaseException as error:
             discard(files, folder, attempt)
             if isinstance(error, OSError) and not isinstance(error, CheckpointError):
@@ -125,7 +130,7 @@ def reshard(
         tensors=len(manifest.model_tensors),
         bytes=total,
         bytes_per_rank=[sum(part.nbytes for part in held) for held in per_rank],
-        seconds=phases.total,
+        seconds=operation.total,
     )
 
 

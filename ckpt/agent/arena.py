@@ -16,6 +16,8 @@ import time
 from ckpt_formats.errors import SaveFailedError
 
 PAGE = mmap.PAGESIZE
+_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+"""Populate: the page faults are taken when the arena is made, not by the first capture."""
 
 
 class Arena:
@@ -33,7 +35,7 @@ class Arena:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, size)
-            self._map = mmap.mmap(fd, size)
+            self._map = mmap.mmap(fd, size, flags=_FLAGS)
         except OSError as error:
             os.unlink(path)
             raise SaveFailedError(
@@ -87,7 +89,7 @@ class MappedArena:
         self._slot_bytes = slot_bytes
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._map = mmap.mmap(fd, os.fstat(fd).st_size)
+            self._map = mmap.mmap(fd, os.fstat(fd).st_size, flags=_FLAGS)
         finally:
             os.close(fd)
 

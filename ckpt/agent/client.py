@@ -37,6 +37,8 @@ MEMORY = "/dev/shm"  # noqa: S108 - a folder of our own is made in it, which onl
 class Slot(NamedTuple):
     """A slot of this rank's arena."""
 
+    arena: str
+    """The arena's path."""
     number: int
     view: memoryview
 
@@ -88,7 +90,7 @@ class AgentClient:
             return None
         if self._arena is None or self._arena.path != answer["arena"]:
             self._arena = MappedArena(answer["arena"], answer["slot_bytes"])
-        return Slot(answer["slot"], self._arena.view(answer["slot"]))
+        return Slot(answer["arena"], answer["slot"], self._arena.view(answer["slot"]))
 
     def begin(self, save: str, folder: Folder, world_size: int, contents: Message) -> None:
         """Open a save; rank 0 does, before any rank captures."""
@@ -105,13 +107,23 @@ class AgentClient:
 
     def captured(self, save: str, slot: Slot, files: list[Any]) -> None:
         """Hand a filled slot to the agent, with what lies in it."""
-        self._ask({"op": "captured", "rank": self.rank, "save": save, "slot": slot.number, "files": files})
+        self._ask(
+            {
+                "op": "captured",
+                "rank": self.rank,
+                "save": save,
+                "arena": slot.arena,
+                "slot": slot.number,
+                "files": files,
+            }
+        )
 
     def abandon(self, save: str, slot: Slot | None, error: BaseException) -> None:
         """Say that this rank can't capture its part: the save fails."""
-        kind = type(error).__name__
-        number = None if slot is None else slot.number
-        self._ask({"op": "abandon", "rank": self.rank, "save": save, "slot": number, "why": str(error), "kind": kind})
+        message = {"op": "abandon", "rank": self.rank, "save": save, "why": str(error), "kind": type(error).__name__}
+        if slot is not None:
+            message |= {"arena": slot.arena, "slot": slot.number}
+        self._ask(message)
 
     def wait(self, save: str, until: str, timeout: float) -> Message:
         """What became of a save, when it is captured by all ranks or over, or the time is up.

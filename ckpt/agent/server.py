@@ -83,7 +83,10 @@ class Agent:
         self._files = files or Files()
         self._changed = threading.Condition()
         self._saves: OrderedDict[str, Save] = OrderedDict()
-        self._arenas: dict[int, Arena] = {}
+        self._arenas: dict[str, Arena] = {}
+        """By path; those that were outgrown stay for as long as a save lies in them."""
+        self._newest: dict[int, Arena] = {}
+        """By rank."""
         self._trainers: set[int] = set()
         self._writing = 0
         self._arena_count = 0
@@ -103,7 +106,7 @@ class Agent:
                 continue
             connection.settimeout(None)
             threading.Thread(target=self._attend, args=(Channel(connection),), name="ckpt-agent", daemon=True).start()
-        for arena in self._arenas.values():
+        for arena in self._newest.values():
             arena.remove()
 
     def _finished(self) -> bool:
@@ -160,14 +163,19 @@ class Agent:
 
     def _slot(self, message: Message) -> Message:
         rank, nbytes = int(message["rank"]), int(message["bytes"])
-        arena = self._arenas.get(rank)
+        arena = self._newest.get(rank)
         if arena is None or arena.slot_bytes < nbytes:
+            with self._changed:
+                self._arena_count += 1
+                path = os.path.join(self._home, f"arena-{rank}-{self._arena_count}")
+            larger = Arena(path, nbytes, int(message["slots"]))
+            with self._changed:
+                self._arenas[path] = self._newest[rank] = larger
             if arena is not None:
-                # trainers keep their mapping, and saves under way theirs, until they are done with it
+                # unlinked, it lives until trainer and agent are done with what lies in it
                 arena.remove()
-            self._arena_count += 1
-            path = os.path.join(self._home, f"arena-{rank}-{self._arena_count}")
-            arena = self._arenas[rank] = Arena(path, nbytes, int(message["slots"]))
+                self._forget_if_idle(arena)
+            arena = larger
         slot = arena.acquire(float(message["timeout"]))
         return {"arena": arena.path, "slot_bytes": arena.slot_bytes, "slot": slot}
 
@@ -198,7 +206,7 @@ class Agent:
     def _captured(self, message: Message) -> Message:
         """A rank's part lies in its slot; from now on it does not need the rank."""
         rank = int(message["rank"])
-        arena = self._arenas[rank]
+        arena = self._arenas[message["arena"]]
         slot = int(message["slot"])
         files = [
             CapturedFile(
@@ -222,7 +230,7 @@ class Agent:
         """A rank can't capture its part."""
         rank = int(message["rank"])
         if message.get("slot") is not None:
-            self._arenas[rank].release(int(message["slot"]))
+            self._release(self._arenas[message["arena"]], int(message["slot"]))
         save = self._saves.get(message["save"])
         if save is not None:
             self._fail(save, f"rank {rank}: {message['why']}", message["kind"])
@@ -264,7 +272,7 @@ class Agent:
             kind = type(error).__name__ if isinstance(error, CheckpointError) else "SaveFailedError"
             self._fail(save, f"{save.folder.path}: rank {rank}'s part could not be written: {error}", kind)
         finally:
-            arena.release(slot)
+            self._release(arena, slot)
             if save.failing:
                 # what this wrote after the save had failed
                 with contextlib.suppress(OSError):
@@ -272,6 +280,16 @@ class Agent:
             with self._changed:
                 self._writing -= 1
                 self._changed.notify_all()
+
+    def _release(self, arena: Arena, slot: int) -> None:
+        arena.release(slot)
+        self._forget_if_idle(arena)
+
+    def _forget_if_idle(self, arena: Arena) -> None:
+        """Unmap an arena that was outgrown when nothing lies in it any more."""
+        with self._changed:
+            if arena.idle and arena not in self._newest.values():
+                self._arenas.pop(arena.path, None)
 
     def _commit(self, save: Save) -> None:
         if save.contents is None:

@@ -317,3 +317,17 @@ def test_sharded_training_saves_every_step_as_synchronous_saves_do(tmp_path: Pat
         with ckpt.open(tmp_path / f"sync_{step}") as one, ckpt.open(tmp_path / f"async_{step}") as other:
             for name in one.tensors:
                 assert torch.equal(one[name][...], other[name][...]), f"step {step}: {name}"
+
+
+def test_a_model_that_grows_and_shrinks_between_saves_just_works(tmp_path: Path) -> None:
+    disk = Slow()
+    states = [{"w": torch.full((size,), float(size))} for size in (10, 100_000, 50, 300_000, 7)]
+    with agent_here(tmp_path, disk) as saver:
+        # all of them lie in their arenas, old and new ones, before the first is written
+        pendings = [saver.save(state, tmp_path / str(k)) for k, state in enumerate(states)]
+        disk.go.set()
+        for k, (pending, state) in enumerate(zip(pendings, states, strict=True)):
+            pending.wait(30)
+            with ckpt.open(tmp_path / str(k)) as checkpoint:
+                assert torch.equal(checkpoint["w"][:], state["w"])
+    assert [name for name in os.listdir(tmp_path / "home") if name.startswith("arena")] == []

@@ -3,6 +3,9 @@
 The bytes are hashed block by block right after they were copied, while the cache has them; full buffers are written by
 threads in the meantime. Knows no ranks and no manifest: it returns the rows that go to the index.
 
+With `compress`, chunks are encoded on the way (compressing.py). What they come to is known only then, so the header is
+written last, into room that was left for the longest that it can be.
+
 Aligned direct writes were three times as fast as buffered ones plus fsync on the disks that we measured, at a tenth of
 the CPU time (benchmarks/save_load.py prints both).
 """
@@ -14,17 +17,20 @@ import queue
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
+from ckpt.storage.compressing import Readable, blocks_of, is_compressed
 from ckpt.storage.files import ALIGNMENT, File, Files
+from ckpt_formats.arrays import Buffer
+from ckpt_formats.codecs import EXPONENT_ZSTD, KNOWN, RAW, table_row, table_size
 from ckpt_formats.digest import BLOCK_SIZE, Hasher, as_rows, combine, digest, hexdigest
 from ckpt_formats.dtypes import DType
 from ckpt_formats.geometry import Box
 from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.names import chunk_key
-from ckpt_formats.safetensors_file import FileLayout, lay_out
+from ckpt_formats.safetensors_file import LARGE, FileLayout, header_bound, lay_out
 
 BUFFER = 8 << 20
 """Bytes of one staging buffer, and of one write."""
@@ -32,14 +38,6 @@ BUFFERS = 4
 """Staging buffers of one process; they bound how far copying runs ahead of writing."""
 WRITERS = 2
 """Threads that write; more were not faster on the disks that we measured."""
-
-
-class Readable(Protocol):
-    """Where the bytes of a chunk come from: its elements in row-major order."""
-
-    def read(self, start: int, stop: int, into: memoryview) -> None:
-        """Fill `into` with bytes start..stop of the chunk; both are multiples of the element size."""
-        ...
 
 
 class Chunk(NamedTuple):
@@ -111,12 +109,19 @@ def layout_of(chunks: Sequence[Chunk]) -> FileLayout:
     return lay_out(entries())
 
 
-def write_data_file(files: Files, folder: str, path: str, chunks: Sequence[Chunk], staging: Staging) -> WrittenFile:
+def write_data_file(
+    files: Files, folder: str, path: str, chunks: Sequence[Chunk], staging: Staging, *, compress: bool = False
+) -> WrittenFile:
     """Write chunks as the file `path` in a checkpoint's `folder` and sync it; the folder is the caller's to sync.
+
+    Args:
+        compress: store chunks with the codec `exponent-zstd` where it can be used; `rows.codec` counts in codecs.KNOWN.
 
     Raises:
         OSError: writing failed; the file may be there in part, and nothing refers to it.
     """
+    if compress:
+        return _write_compressed(files, folder, path, chunks, staging)
     layout = layout_of(chunks)
     with files.create(f"{folder}/{path}", direct=layout.size >= ALIGNMENT) as file:
         stream = _Stream(file, staging)
@@ -132,12 +137,13 @@ def write_data_file(files: Files, folder: str, path: str, chunks: Sequence[Chunk
 class _Stream:
     """The file as one long run of bytes, of which a window, the current buffer, can be filled."""
 
-    def __init__(self, file: File, staging: Staging) -> None:
+    def __init__(self, file: File, staging: Staging, base: int = 0) -> None:
+        """`base`: where in the file it begins, a multiple of ALIGNMENT."""
         self._file = file
         self._staging = staging
         self._pool: ThreadPoolExecutor | None = None
         self._writes: list[Future[None]] = []
-        self._base = 0
+        self._base = base
         self._buffer = staging.acquire()
         self._held = True
         self.window = memoryview(self._buffer)
@@ -150,7 +156,7 @@ class _Stream:
             self._flush()
         return len(self.window) - self.at
 
-    def fill(self, data: bytes) -> None:
+    def fill(self, data: Buffer) -> None:
         """Append bytes."""
         view = memoryview(data)
         while view:
@@ -193,6 +199,14 @@ class _Stream:
         if length != self.at:
             self._file.truncate(size)
 
+    def begin(self, header: bytes) -> None:
+        """Write what lies before `base`, once all the rest is written; its length is a multiple of ALIGNMENT."""
+        size = len(self.window)
+        for at in range(0, len(header), size):
+            part = header[at : at + size]
+            self.window[: len(part)] = part
+            self._file.write(self.window[: len(part)], at)
+
     def close(self) -> None:
         """Wait for the threads and give the buffers back, whatever happened."""
         if self._pool is not None:
@@ -230,6 +244,18 @@ def _write_chunks(stream: _Stream, layout: FileLayout, chunks: Sequence[Chunk]) 
                 block_digests.extend(parts)
         lengths.append(nbytes)
         at = start + nbytes
+    return _rows(chunks, layout.starts, lengths, [0] * len(chunks), digests, block, block_digests)
+
+
+def _rows(
+    chunks: Sequence[Chunk],
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    codec: Sequence[int],
+    digests: Sequence[bytes],
+    block: Sequence[int],
+    block_digests: Sequence[bytes],
+) -> IndexRows:
     ndim = max((len(chunk.box.sizes) for chunk in chunks), default=1) or 1
     return IndexRows(
         offset=np.array([c.box.offsets + (0,) * (ndim - len(c.box.offsets)) for c in chunks], np.int64).reshape(
@@ -237,9 +263,9 @@ def _write_chunks(stream: _Stream, layout: FileLayout, chunks: Sequence[Chunk]) 
         ),
         size=np.array([c.box.sizes + (1,) * (ndim - len(c.box.sizes)) for c in chunks], np.int64).reshape(-1, ndim),
         file=np.zeros(len(chunks), np.int64),
-        start=np.array(layout.starts, np.int64),
+        start=np.array(starts, np.int64),
         length=np.array(lengths, np.int64),
-        codec=np.zeros(len(chunks), np.uint8),
+        codec=np.array(codec, np.uint8),
         digest=as_rows(digests),
         block=np.array(block, np.int64),
         block_digest=as_rows(block_digests),
@@ -266,3 +292,74 @@ def _write_blocks(stream: _Stream, chunk: Chunk, nbytes: int) -> list[bytes]:
             at += count
         result.append(hasher.digest())
     return result
+
+
+def _write_compressed(files: Files, folder: str, path: str, chunks: Sequence[Chunk], staging: Staging) -> WrittenFile:
+    header = header_bound(_entry(chunk, chunk.nbytes + table_size(chunk.nbytes, BLOCK_SIZE)) for chunk in chunks)
+    with files.create(f"{folder}/{path}", direct=True) as file:
+        stream = _Stream(file, staging, header)
+        try:
+            layout, rows = _write_encoded(stream, header, chunks)
+            stream.finish(layout.size)
+            stream.begin(layout.header)
+        finally:
+            stream.close()
+        file.sync()
+    return WrittenFile(path, layout.size, len(layout.header), hexdigest(layout.header), rows)
+
+
+def _write_encoded(stream: _Stream, header: int, chunks: Sequence[Chunk]) -> tuple[FileLayout, IndexRows]:
+    at = header
+    starts: list[int] = []
+    lengths: list[int] = []
+    digests: list[bytes] = []
+    block: list[int] = []
+    block_digests: list[bytes] = []
+    parts: list[bytes] = []
+    table: list[bytes] = []
+    codecs = [KNOWN.index(EXPONENT_ZSTD if is_compressed(chunk.dtype, chunk.nbytes) else RAW) for chunk in chunks]
+    blocks = blocks_of((chunk.dtype, chunk.nbytes, chunk.source) for chunk in chunks)
+    try:
+        for number, stored, block_digest, last in blocks:
+            if not parts:
+                gap = -(at - header) % _alignment(chunks[number])
+                stream.fill(bytes(gap))
+                at += gap
+                starts.append(at)
+            stream.fill(stored)
+            at += len(stored)
+            parts.append(block_digest)
+            if codecs[number]:
+                table.append(table_row(stored))
+            if not last:
+                continue
+            stream.fill(b"".join(table))
+            at += sum(map(len, table))
+            lengths.append(at - starts[-1])
+            if len(parts) == 1:
+                digests.append(parts[0])
+                block.append(-1)
+            else:
+                digests.append(combine(parts))
+                block.append(len(block_digests))
+                block_digests.extend(parts)
+            parts, table = [], []
+    finally:
+        blocks.close()
+    entries = [_entry(chunk, length) for chunk, length in zip(chunks, lengths, strict=True)]
+    layout = lay_out(entries, header)
+    if layout.starts != starts or layout.size != at:
+        raise AssertionError("the header says that chunks lie elsewhere than they were written")
+    return layout, _rows(chunks, starts, lengths, codecs, digests, block, block_digests)
+
+
+def _alignment(chunk: Chunk) -> int:
+    return ALIGNMENT if chunk.nbytes >= LARGE else chunk.dtype.itemsize
+
+
+def _entry(chunk: Chunk, stored: int) -> tuple[str, str, Sequence[int], int, int]:
+    """What lay_out needs to know of a chunk with so many stored bytes."""
+    key = chunk_key(chunk.name, chunk.box, chunk.shape)
+    if chunk.dtype.safetensors is None or is_compressed(chunk.dtype, chunk.nbytes):
+        return key, "U8", (stored,), stored, _alignment(chunk)
+    return key, chunk.dtype.safetensors, chunk.box.sizes, stored, _alignment(chunk)

@@ -8,6 +8,9 @@ needs no torch; knows no ranks. Given a manifest (what) and a location map (wher
 3. reads the ranges, neighbours together, several at once, and verifies each block while it is in the cache,
 4. puts the elements where they belong; a whole chunk that goes to contiguous memory is read straight into it.
 
+Chunks that are stored with a codec take a path of their own: their blocks are found by the chunk's table, decoded into
+the same places and verified there.
+
 When a place fails (unreadable, or bytes that do not fit their digest) the next place in the location map serves.
 """
 
@@ -25,8 +28,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ckpt_formats.arrays import AnyArray
-from ckpt_formats.codecs import RAW, require_known
+from ckpt_formats.codecs import KNOWN, RAW, BlockError, decode_block, require_known, word_size
 from ckpt_formats.digest import DIGEST_SIZE, digest
+from ckpt_formats.encoded import EncodedChunk, Tables
 from ckpt_formats.errors import CorruptionError
 from ckpt_formats.geometry import Box, flat_boxes, flat_hull, intersect_rows
 from ckpt_formats.locations import LocationMap, Places
@@ -66,7 +70,10 @@ class ReadStats:
 
 
 class _Piece(NamedTuple):
-    """A range of blocks of one chunk, and the part of a request that lies in it."""
+    """A range of blocks of one chunk, and the part of a request that lies in it.
+
+    `start` and `stop` are positions in the source; of a chunk with a codec, where they would be if it were raw.
+    """
 
     source: int
     start: int
@@ -83,6 +90,12 @@ class _Piece(NamedTuple):
     """Global coordinates of into[0, …, 0]."""
 
 
+class _EncodedPiece(_Piece):
+    """A piece of a chunk whose preferred place has a codec."""
+
+    __slots__ = ()
+
+
 class Reader:
     """Reads boxes of one checkpoint. Safe to use from several threads."""
 
@@ -90,6 +103,7 @@ class Reader:
         self._manifest = manifest
         self._locations = locations
         self._places: dict[int, _PageTable] = {}
+        self._tables = Tables()
 
     def read(self, requests: Iterable[Request], *, threads: int | None = None) -> ReadStats:
         """Fill every request's array.
@@ -105,35 +119,41 @@ class Reader:
         stats = ReadStats()
         direct: list[_Piece] = []
         staged: list[_Piece] = []
+        encoded: list[_EncodedPiece] = []
         for request in requests:
-            self._plan(request, direct, staged)
+            self._plan(request, direct, staged, encoded)
             stats.bytes_needed += request.into.nbytes
         staged.sort(key=_position)
         direct.sort(key=_position)
-        tasks = [[piece] for piece in direct] + _spans(staged)
+        encoded.sort(key=_position)
+        tasks: list[list[_Piece]] = [[piece] for piece in direct] + _spans(staged)
         stats.bytes_read = sum(max(piece.stop for piece in task) - task[0].start for task in tasks)
+        work = stats.bytes_read + sum(piece.stop - piece.start for piece in encoded)
+        tasks += [[piece] for piece in encoded]
         count = min(threads or min(4, os.cpu_count() or 1), len(tasks))
+        stagings = [_Staging()]
         # threads that handle many small pieces would only wait for each other's interpreter lock
-        if count <= 1 or stats.bytes_read < max(SPAN, SMALL * (len(direct) + len(staged))):
-            staging = _Staging()
+        if count <= 1 or work < max(SPAN, SMALL * (len(direct) + len(staged) + len(encoded))):
             for task in tasks:
+                self._run(task, stagings[0])
+        else:
+            local = threading.local()
+
+            def run(task: list[_Piece]) -> None:
+                staging = getattr(local, "staging", None)
+                if staging is None:
+                    staging = local.staging = _Staging()
+                    stagings.append(staging)
                 self._run(task, staging)
-            return stats
-        local = threading.local()
 
-        def run(task: list[_Piece]) -> None:
-            staging = getattr(local, "staging", None)
-            if staging is None:
-                staging = local.staging = _Staging()
-            self._run(task, staging)
-
-        with ThreadPoolExecutor(count, thread_name_prefix="ckpt-read") as pool:
-            futures = [pool.submit(run, task) for task in tasks]
-            done, pending = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in pending:
-                future.cancel()
-            for future in done:
-                future.result()
+            with ThreadPoolExecutor(count, thread_name_prefix="ckpt-read") as pool:
+                futures = [pool.submit(run, task) for task in tasks]
+                done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in pending:
+                    future.cancel()
+                for future in done:
+                    future.result()
+        stats.bytes_read += sum(staging.stored_read for staging in stagings)
         return stats
 
     def require(self, name: str) -> TensorMeta:
@@ -157,7 +177,7 @@ class Reader:
             table = self._places[page] = _PageTable(self._manifest.page(page), self._locations.places(page))
         return table
 
-    def _plan(self, request: Request, direct: list[_Piece], staged: list[_Piece]) -> None:
+    def _plan(self, request: Request, direct: list[_Piece], staged: list[_Piece], encoded: list[_EncodedPiece]) -> None:
         meta = self._manifest.meta(request.name)
         box, into = request.box, request.into
         whole = Box.whole(meta.shape)
@@ -169,19 +189,19 @@ class Reader:
         table = self._table(meta.page)
         if meta.rows == 1:
             # most tensors of most checkpoints; covered by one chunk, which is then the whole
-            self._plan_chunk(table, meta, meta.row, whole, box, into, box.offsets, direct, staged)
+            self._plan_chunk(table, meta, meta.row, whole, box, into, box.offsets, direct, staged, encoded)
             return
         row = table.find(meta, box)
         if row is not None:
             # what most loads want: exactly what was stored
-            self._plan_chunk(table, meta, row, box, box, into, box.offsets, direct, staged)
+            self._plan_chunk(table, meta, row, box, box, into, box.offsets, direct, staged, encoded)
             return
         offsets, sizes = self._manifest.chunks(meta)
         rows, starts, extents = intersect_rows(offsets, sizes, box)
         for row, start, extent in zip(rows.tolist(), starts.tolist(), extents.tolist(), strict=True):
             chunk = Box(tuple(offsets[row].tolist()), tuple(sizes[row].tolist()))
             part = Box(tuple(start), tuple(extent))
-            self._plan_chunk(table, meta, meta.row + row, chunk, part, into, box.offsets, direct, staged)
+            self._plan_chunk(table, meta, meta.row + row, chunk, part, into, box.offsets, direct, staged, encoded)
 
     def _plan_chunk(
         self,
@@ -194,11 +214,14 @@ class Reader:
         origin: tuple[int, ...],
         direct: list[_Piece],
         staged: list[_Piece],
+        encoded: list[_EncodedPiece],
     ) -> None:
         source, start, length = table.source[row], table.start[row], table.length[row]
         codec = self._locations.codecs[table.codec[row]]
         if codec != RAW:
             require_known(codec, where=f"chunk {chunk} of tensor {meta.name!r}", path=self._manifest.path)
+            encoded.extend(self._encoded_pieces(source, start, meta, row, chunk, part, into, origin))
+            return
         block_size = self._manifest.block_size
         if part == chunk:
             target = into if into.shape == chunk.sizes else into[part.relative_to(origin).slices()]
@@ -220,6 +243,31 @@ class Reader:
         for first, last in _needed(meta, chunk, part, length, block_size):
             staged.append(_Piece(source, start + first, start + last, meta, row, first, chunk, part, into, origin))
 
+    def _encoded_pieces(
+        self,
+        source: int,
+        start: int,
+        meta: TensorMeta,
+        row: int,
+        chunk: Box,
+        part: Box,
+        into: AnyArray,
+        origin: tuple[int, ...],
+    ) -> Iterable[_EncodedPiece]:
+        block_size, itemsize = self._manifest.block_size, meta.dtype.itemsize
+        nbytes = chunk.numel * itemsize
+        target = into if into.shape == part.sizes else into[part.relative_to(origin).slices()]
+        if part == chunk and target.flags.c_contiguous:
+            flat = target.reshape(-1)
+            span = max(SPAN - SPAN % block_size, block_size)
+            for first in range(0, nbytes, span):
+                last = min(first + span, nbytes)
+                run = flat[first // itemsize : last // itemsize]
+                yield _EncodedPiece(source, start + first, start + last, meta, row, first, chunk, None, run, origin)
+            return
+        for first, last in _needed(meta, chunk, part, nbytes, block_size):
+            yield _EncodedPiece(source, start + first, start + last, meta, row, first, chunk, part, into, origin)
+
     # running
 
     def _run(self, task: list[_Piece], staging: _Staging) -> None:
@@ -228,6 +276,9 @@ class Reader:
             # the preferred place does not have it at all
             for piece in task:
                 self._alternatives(piece, staging)
+            return
+        if isinstance(first, _EncodedPiece):
+            self._run_encoded(first, staging)
             return
         if len(task) == 1 and first.wanted is None and first.into.nbytes >= DIRECT and first.into.flags.c_contiguous:
             self._run_direct(first)
@@ -263,24 +314,79 @@ class Reader:
         except CorruptionError:
             self._alternatives(piece, _Staging())
 
+    def _run_encoded(self, piece: _EncodedPiece, staging: _Staging) -> None:
+        view = _bytes_of(piece.into) if piece.wanted is None else staging.view(piece.stop - piece.start)
+        places = self._locations.places(piece.meta.page)[0]
+        try:
+            self._decode(piece, view, 0, places, staging)
+        except CorruptionError:
+            self._alternatives(piece, _Staging())
+            return
+        if piece.wanted is not None:
+            _scatter(piece, view)
+
+    def _decode(self, piece: _Piece, view: memoryview, at: int, places: Places, staging: _Staging) -> None:
+        """Fill `view` with the bytes of a piece from its byte `at` on, whole blocks from a place that has a codec."""
+        number = int(places.source[piece.row])
+        source = self._locations.sources[number]
+        start, length = int(places.start[piece.row]), int(places.length[piece.row])
+        block_size = self._manifest.block_size
+        meta = piece.meta
+        stored = EncodedChunk(start, length, piece.chunk.numel * meta.dtype.itemsize, block_size, word_size(meta.dtype))
+        low, high = stored.table, stored.stop
+        try:
+            first = (piece.first + at) // block_size
+            last = first - (-len(view) // block_size)
+            if stored.blocks == 1:
+                base = start
+                data = staging.stored(length)
+                source.read(base, stored.stop, data)
+                table = stored.parse(data[stored.table - base :])
+            else:
+                table = self._tables.get(number, source, stored)
+                base = start + int(table.ends[first])
+                data = staging.stored(start + int(table.ends[last]) - base)
+                source.read(base, base + len(data), data)
+            staging.stored_read += len(data)
+            for block in range(first, last):
+                low, high = start + int(table.ends[block]), start + int(table.ends[block + 1])
+                skip = (block - first) * block_size
+                into = view[skip : skip + block_size]
+                decode_block(data[low - base : high - base], table.check(block), stored.word, into)
+                try:
+                    self._verify(piece, into, number, at + skip)
+                except CorruptionError:
+                    raise BlockError("what it decodes to does not fit its checksum") from None
+        except BlockError as error:
+            raise CorruptionError(
+                f"{source.name}: bytes {low} to {high}, in tensor {meta.name!r} {piece.chunk}, can't be decoded: "
+                f"{error}. The file is damaged: restore it or use another checkpoint (`ckpt verify` lists all damage)",
+                path=source.name,
+                tensor=meta.name,
+            ) from None
+
     def _alternatives(self, piece: _Piece, staging: _Staging) -> None:
         """Get a piece block by block, each from the first place that has it whole."""
         view = staging.view(piece.stop - piece.start)
         for at in range(0, len(view), self._manifest.block_size):
-            self._any_place(piece, view[at : at + self._manifest.block_size], at)
+            self._any_place(piece, view[at : at + self._manifest.block_size], at, staging)
         _scatter(piece, view)
 
-    def _any_place(self, piece: _Piece, block: memoryview, at: int) -> None:
+    def _any_place(self, piece: _Piece, block: memoryview, at: int, staging: _Staging) -> None:
         """Read a block of a piece from any place; the error of the first is what the caller gets if none has it."""
         failure: CorruptionError | None = None
         for places in self._locations.places(piece.meta.page):
             source = int(places.source[piece.row])
-            if source < 0:
+            codec = self._locations.codecs[int(places.codec[piece.row])]
+            if source < 0 or codec not in KNOWN:
                 continue
             start = int(places.start[piece.row]) + piece.first + at
             try:
-                self._locations.sources[source].read(start, start + len(block), block)
-                self._verify(piece, block, source, at)
+                if codec == RAW:
+                    self._locations.sources[source].read(start, start + len(block), block)
+                    self._verify(piece, block, source, at)
+                else:
+                    self._decode(piece, block, at, places, staging)
             except CorruptionError as error:
                 failure = failure or error
             else:
@@ -350,11 +456,20 @@ class _Staging:
 
     def __init__(self) -> None:
         self._buffer: mmap.mmap | None = None
+        self._stored: mmap.mmap | None = None
+        self.stored_read = 0
+        """Stored bytes of encoded chunks that went through it."""
 
     def view(self, size: int) -> memoryview:
         if self._buffer is None or len(self._buffer) < size:
             self._buffer = mmap.mmap(-1, max(size, 1))
         return memoryview(self._buffer)[:size]
+
+    def stored(self, size: int) -> memoryview:
+        """A second buffer, for what has yet to be decoded."""
+        if self._stored is None or len(self._stored) < size:
+            self._stored = mmap.mmap(-1, max(size, 1))
+        return memoryview(self._stored)[:size]
 
 
 def _position(piece: _Piece) -> tuple[int, int]:

@@ -44,8 +44,12 @@ class FileLayout:
     size: int
 
 
-def lay_out(entries: Iterable[tuple[str, str, Sequence[int], int, int]]) -> FileLayout:
+def lay_out(entries: Iterable[tuple[str, str, Sequence[int], int, int]], room: int = 0) -> FileLayout:
     """Place entries (key, safetensors dtype, shape, bytes, element size) one after the other, in the given order.
+
+    Args:
+        entries: what the file holds; an element size of ALIGNMENT aligns an entry as if it were large.
+        room: bytes that the header shall have at least, a multiple of ALIGNMENT.
 
     Raises:
         FormatError: the header would be longer than safetensors allows.
@@ -68,11 +72,27 @@ def lay_out(entries: Iterable[tuple[str, str, Sequence[int], int, int]]) -> File
         )
         at += nbytes
     text = ("{" + ",".join(parts) + "}").encode("ascii")
-    padded = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
+    padded = max(room, -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT)
     if padded > MAX_HEADER:
         raise FormatError(f"{len(starts)} chunks do not fit the header of one file; write them into several files")
     header = (padded - 8).to_bytes(8, "little") + text + b" " * (padded - 8 - len(text))
     return FileLayout(header, [padded + start for start in starts], padded + at)
+
+
+def header_bound(entries: Iterable[tuple[str, str, Sequence[int], int, int]]) -> int:
+    """The most bytes that the header of these entries can have, a multiple of ALIGNMENT, if each may turn out smaller.
+
+    For a header that can only be written when the sizes are known, but whose place must be known before.
+    """
+    texts = count = total = 0
+    for key, _, shape, nbytes, _ in entries:
+        texts += len(encode_basestring_ascii(key)) + len(",".join(map(str, shape)))
+        count += 1
+        total += nbytes + ALIGNMENT
+    digits = len(str(total))
+    entry = len(':{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + 3 * digits
+    pad = len(f'"{PAD_PREFIX}.{count}":{{"dtype":"U8","shape":[{ALIGNMENT}],"data_offsets":[,]}},') + 2 * digits
+    return -(-(8 + 2 + texts + count * (entry + pad)) // ALIGNMENT) * ALIGNMENT
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
-from ckpt_formats.codecs import require_known
+from ckpt_formats.codecs import RAW, require_known, word_size
 from ckpt_formats.digest import Hasher, digest, hexdigest
+from ckpt_formats.encoded import EncodedChunk, damaged_blocks
 from ckpt_formats.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -141,6 +142,7 @@ class _Verification:
         self._threads = threads
         self._damage: list[Damage] = []
         self._local = threading.local()
+        self._block_size = 0
         self._done = 0
         self._total = 0
 
@@ -150,6 +152,7 @@ class _Verification:
         tensors = chunks = 0
         debris: list[Debris] = []
         if root is not None:
+            self._block_size = root.block_size
             self._total += sum(page.size for page in root.pages) + sum(file.size for file in root.files)
             pages = [self._read_page(root, number) for number in range(len(root.pages))]
             tensors = self._check_coverage(root, pages)
@@ -408,6 +411,10 @@ class _Verification:
                 together = False  # perhaps only a part of it can't be read
         found: list[Damage] = []
         for segment in segments:
+            if segment.chunk is not None and segment.chunk.codec != RAW:
+                whole = buffer[segment.start - start : segment.stop - start] if together else None
+                found.extend(self._check_encoded(task, segment.chunk, whole))
+                continue
             if together:
                 data = buffer[segment.start - start : segment.stop - start]
                 what = None if _fits(data, segment.digest) else _misfit(segment)
@@ -416,6 +423,26 @@ class _Verification:
             if what is not None:
                 found.append(_damage(task.file.path, what, segment.start, segment.stop, segment.chunk))
         return found
+
+    def _check_encoded(self, task: _Task, chunk: ChunkAt, whole: memoryview | None) -> Iterator[Damage]:
+        """What is wrong with a chunk that has a codec; `whole` are its stored bytes if they were read before."""
+        path = task.file.path
+        if chunk.stop > task.available:
+            what = f"is missing: the file ends at byte {task.available}"
+            yield _damage(path, what, chunk.start, chunk.stop, chunk)
+            return
+        nbytes = chunk.box.numel * chunk.meta.dtype.itemsize
+        word = word_size(chunk.meta.dtype)
+        stored = EncodedChunk(chunk.start, chunk.stop - chunk.start, nbytes, self._block_size, word)
+        first = int(chunk.rows.block[chunk.row])
+        if first < 0:
+            digests = chunk.rows.digest[chunk.row : chunk.row + 1]
+        else:
+            digests = chunk.rows.block_digest[first : first + stored.blocks]
+        source = task.source if whole is None else _InMemory(task.source.name, whole, chunk.start)
+        for start, stop, error in damaged_blocks(source, stored, digests, SPAN):
+            what = _unreadable(error) if isinstance(error, CorruptionError) else f"can't be decoded: {error}"
+            yield _damage(path, what, start, stop, chunk)
 
     # the report
 
@@ -441,17 +468,18 @@ class _Verification:
 
 
 class _InMemory:
-    """A byte source of bytes that were read before."""
+    """A byte source of bytes that were read before, those from `origin` on."""
 
-    def __init__(self, name: str, data: memoryview) -> None:
+    def __init__(self, name: str, data: memoryview, origin: int = 0) -> None:
         self.name = name
         self._data = data
+        self._origin = origin
 
     def size(self) -> int:
-        return len(self._data)
+        return self._origin + len(self._data)
 
     def read(self, start: int, stop: int, into: memoryview) -> None:
-        into[: stop - start] = self._data[start:stop]
+        into[: stop - start] = self._data[start - self._origin : stop - self._origin]
 
     def close(self) -> None:
         pass

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ckpt_formats.codecs import EXPONENT_ZSTD, RAW, stored_bounds, word_size
 from ckpt_formats.digest import digest
 from ckpt_formats.errors import CheckpointNotFoundError, CorruptionError, FormatError
 from ckpt_formats.locations import LocationMap, Places
@@ -199,10 +200,9 @@ def _check_rows(rows: IndexRows, root: Root, number: int, what: str) -> None:
     fail("it ends past the end of its file", rows.start > sizes[rows.file] - rows.length)
 
     metas = [meta for meta in root.tensors.values() if meta.rows and meta.page == number]
-    itemsize = np.repeat(
-        np.array([meta.dtype.itemsize for meta in metas], dtype=np.int64), [meta.rows for meta in metas]
-    )
-    ndim = np.repeat(np.array([len(meta.shape) for meta in metas], dtype=np.int64), [meta.rows for meta in metas])
+    counts = [meta.rows for meta in metas]
+    itemsize = np.repeat(np.array([meta.dtype.itemsize for meta in metas], dtype=np.int64), counts)
+    ndim = np.repeat(np.array([len(meta.shape) for meta in metas], dtype=np.int64), counts)
     width = rows.size.shape[1]
     fail("its tensor has more dimensions than the page", ndim > width)
     beyond = np.arange(width)[None, :] >= ndim[:, None]
@@ -210,8 +210,14 @@ def _check_rows(rows: IndexRows, root: Root, number: int, what: str) -> None:
     # products in floating point first: claims of 2**62 elements must not wrap around
     fail("its box is larger than any file", np.prod(rows.size.astype(np.float64), axis=1) * itemsize >= 2.0**62)
     nbytes = np.prod(rows.size, axis=1) * itemsize
-    raw = np.array([codec == "raw" for codec in root.codecs], dtype=bool)[rows.codec]
+    raw = np.array([codec == RAW for codec in root.codecs], dtype=bool)[rows.codec]
     fail("its length is not that of its box", raw & (rows.length != nbytes))
+    encoded = np.array([codec == EXPONENT_ZSTD for codec in root.codecs], dtype=bool)[rows.codec]
+    if encoded.any():
+        word = np.repeat(np.array([word_size(meta.dtype) for meta in metas], dtype=np.int64), counts)
+        fail(f"its dtype can't be stored with the codec {EXPONENT_ZSTD!r}", encoded & (word == 0))
+        least, most = stored_bounds(nbytes, np.maximum(word, 1), root.block_size)
+        fail("its length is not one that its box can have", encoded & ((rows.length < least) | (rows.length > most)))
     order = np.lexsort((rows.start, rows.file))
     follows = rows.file[order][1:] == rows.file[order][:-1]
     shared = follows & (rows.start[order][1:] < (rows.start + rows.length)[order][:-1])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ckpt_formats.codecs import RAW
 from ckpt_formats.geometry import Box
 from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.native import names
@@ -28,6 +29,7 @@ class ChunkAt(NamedTuple):
     stop: int
     rows: IndexRows
     row: int
+    codec: str
 
 
 class Segment(NamedTuple):
@@ -36,7 +38,7 @@ class Segment(NamedTuple):
     start: int
     stop: int
     digest: bytes | None
-    """None for padding, which must be zero."""
+    """None for padding, which must be zero, and for chunks with a codec, whose blocks only their bytes tell."""
     chunk: ChunkAt | None
 
 
@@ -60,6 +62,7 @@ class ChunkTable:
     def __init__(self, root: Root, pages: Sequence[IndexRows | None]) -> None:
         """`pages`: the rows of each page, None where they can't be trusted."""
         self._block_size = root.block_size
+        self._codecs = root.codecs
         self._pages = pages
         self._metas: list[list[TensorMeta]] = [[] for _ in pages]
         for meta in root.tensors.values():
@@ -90,7 +93,8 @@ class ChunkTable:
             ndim = len(meta.shape)
             box = Box(tuple(page.offset[row, :ndim].tolist()), tuple(page.size[row, :ndim].tolist()))
             start = int(page.start[row])
-            chunks.append(ChunkAt(meta, box, start, start + int(page.length[row]), page, row))
+            codec = self._codecs[int(page.codec[row])]
+            chunks.append(ChunkAt(meta, box, start, start + int(page.length[row]), page, row, codec))
         return chunks
 
     def segments(self, file: DataFile, chunks: Sequence[ChunkAt], entries: Sequence[Entry] | None) -> Iterator[Segment]:
@@ -107,9 +111,12 @@ class ChunkTable:
         return heapq.merge(zeros, self._blocks(chunks), key=_start)
 
     def _blocks(self, chunks: Iterable[ChunkAt]) -> Iterator[Segment]:
-        """What has a digest: whole chunks, or their blocks."""
+        """What has a digest: whole chunks, or their blocks. Chunks with a codec as a whole."""
         size = self._block_size
         for chunk in chunks:
+            if chunk.codec != RAW:
+                yield Segment(chunk.start, chunk.stop, None, chunk)
+                continue
             rows, row = chunk.rows, chunk.row
             block = int(rows.block[row])
             if block < 0:
@@ -145,7 +152,7 @@ def _entry_of(chunk: ChunkAt) -> Entry:
     """The header entry that belongs to a chunk."""
     meta, box = chunk.meta, chunk.box
     key = names.chunk_key(meta.name, box, meta.shape)
-    if meta.dtype.safetensors is None:
+    if meta.dtype.safetensors is None or chunk.codec != RAW:
         return Entry(key, "U8", (chunk.stop - chunk.start,), chunk.start, chunk.stop)
     return Entry(key, meta.dtype.safetensors, box.sizes, chunk.start, chunk.stop)
 

@@ -5,6 +5,6 @@ import torch
 import torch.distributed.checkpoint
 import torch.distributed.tensor
 
-import ckpt
+import ckpt.api
 
 __all__ = ["ckpt", "safetensors", "torch"]

@@ -38,7 +38,7 @@ _PRELOADED = [
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.distributed.tensor.parallel",
-    "ckpt",
+    "ckpt.api",
 ]
 _SERVER_START_S = 180.0
 # After the first failure, how long the others have to fail too, as they do when they wait for the one that did.

@@ -10,6 +10,8 @@ IMPORT_CKPT_NEVER_IMPORTS = frozenset(
     {"accelerate", "boto3", "deepspeed", "lightning", "matplotlib", "megatron", "pandas", "ray", "rich", "s3fs"}
     | {"safetensors", "torchtitan", "transformers"}
 )
+USE_CKPT = "import ckpt; [getattr(ckpt, name) for name in ckpt.__all__]"
+"""The front door imports what is behind a name when it is used first."""
 FORMATS_NEVER_IMPORT = IMPORT_CKPT_NEVER_IMPORTS | {"ckpt", "ckpt_cli", "torch"}
 
 

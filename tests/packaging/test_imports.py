@@ -6,14 +6,31 @@ import importlib.util
 import subprocess
 import sys
 
-from tests.packaging.imports import FORMATS_NEVER_IMPORT, IMPORT_CKPT_NEVER_IMPORTS, modules_after
+import pytest
+
+import ckpt
+from tests.packaging.imports import FORMATS_NEVER_IMPORT, IMPORT_CKPT_NEVER_IMPORTS, USE_CKPT, modules_after
 
 
 def test_import_ckpt_imports_no_extra() -> None:
     assert importlib.util.find_spec("ray") is not None
-    loaded = modules_after("import ckpt", _run)
-    assert "ckpt" in loaded
+    loaded = modules_after(USE_CKPT, _run)
+    assert loaded >= {"ckpt", "torch"}
     assert not loaded & IMPORT_CKPT_NEVER_IMPORTS
+
+
+def test_the_agent_is_small() -> None:
+    loaded = modules_after("import ckpt.agent.main", _run)
+    assert "ckpt" in loaded
+    assert not loaded & (IMPORT_CKPT_NEVER_IMPORTS | {"torch"})
+
+
+def test_the_front_door_has_the_names_that_it_lists_and_no_others() -> None:
+    assert set(dir(ckpt)) == set(ckpt.__all__)
+    for name in ckpt.__all__:
+        assert getattr(ckpt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'sav'"):
+        ckpt.sav  # noqa: B018
 
 
 def test_import_ckpt_formats_imports_no_torch() -> None:

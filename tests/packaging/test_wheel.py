@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.imports import FORMATS_NEVER_IMPORT, IMPORT_CKPT_NEVER_IMPORTS, modules_after
+from tests.packaging.imports import FORMATS_NEVER_IMPORT, IMPORT_CKPT_NEVER_IMPORTS, USE_CKPT, modules_after
 
 pytestmark = [pytest.mark.wheel, pytest.mark.timeout(1800)]
 
@@ -105,7 +105,7 @@ def test_the_installed_requirements_agree(installed: Installed) -> None:
 
 
 def test_import_ckpt_needs_and_imports_no_extra(installed: Installed) -> None:
-    assert not modules_after("import ckpt", installed.run) & IMPORT_CKPT_NEVER_IMPORTS
+    assert not modules_after(USE_CKPT, installed.run) & IMPORT_CKPT_NEVER_IMPORTS
 
 
 def test_import_ckpt_formats_imports_no_torch(installed: Installed) -> None:

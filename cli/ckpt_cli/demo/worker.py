@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-import ckpt
+import ckpt.api
 from ckpt_cli.demo.model import GPT, SHOWN_TENSOR, parallelize
 from ckpt_cli.demo.protocol import Reporter, Task
 from ckpt_cli.demo.text import WINDOW, Sampler, Text

@@ -54,7 +54,7 @@ class SaveResult:
     step: int | None
     """The training step it is of."""
     bytes: int
-    """Bytes of tensors and values that all ranks together wrote."""
+    """Bytes of tensors and values that all ranks together wrote, compressed if they were."""
     seconds: float
     """From the call to the commit, on this rank."""
     phases: Mapping[str, float]
@@ -85,6 +85,7 @@ class Saver:
         *,
         step: int | None = None,
         process_group: ProcessGroup | None = None,
+        compress: bool = False,
     ) -> SaveResult:
         """See ckpt.save."""
         folder = os.path.abspath(os.fspath(path))
@@ -93,7 +94,7 @@ class Saver:
         with self._one_at_a_time, collector.paused():
             attempt = Attempt(self, Collective(process_group), folder, step)
             with attempt.operation:
-                return attempt.run(state)
+                return attempt.run(state, compress=compress)
 
     def remember(self, key: str, known: _Known) -> None:
         """Keep a plan, and forget the one that was not used for longest."""
@@ -135,12 +136,12 @@ class Attempt:
         self._entries: dict[str, dict[str, Any]] = {}
         self._blob_sizes: dict[str, int] = {}
 
-    def run(self, state: Mapping[str, object]) -> SaveResult:
+    def run(self, state: Mapping[str, object], *, compress: bool = False) -> SaveResult:
         """Describe, plan, write, commit."""
         try:
             planned = self.plan(state)
             with self.operation.phase("write") as phase:
-                part, phase.failure = self._write(planned, phase)
+                part, phase.failure = self._write(planned, phase, compress)
             with self.operation.phase("commit"):
                 finish = partial(self._finish, planned.plan)
                 total = int(self._group.exchange(part, phase.failure, finish))
@@ -259,7 +260,7 @@ class Attempt:
         self._saver.remember(key, known)
         return known
 
-    def _write(self, planned: Planned, phase: Phase) -> tuple[bytes, BaseException | None]:
+    def _write(self, planned: Planned, phase: Phase, compress: bool) -> tuple[bytes, BaseException | None]:
         """Write this rank's files. Returns its part, encoded."""
         rank = self._group.rank
         try:
@@ -270,6 +271,7 @@ class Attempt:
                     names.data_path(rank, number, planned.attempt),
                     some,
                     self._saver.staging,
+                    compress=compress,
                 )
                 for number, some in enumerate(split_files(planned.chunks))
             ]

@@ -12,9 +12,11 @@ from pprint import pformat
 from typing import Any
 
 import click
+import numpy as np
 
 from ckpt_cli.output import Column, Output, count_text, json_option, print_json, size_text
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
+from ckpt_formats.codecs import RAW
 from ckpt_formats.describing import cut_of, value_text, writers_text
 from ckpt_formats.geometry import Box
 from ckpt_formats.manifest import TensorMeta
@@ -106,6 +108,7 @@ def _print_summary(out: Output, checkpoint: Checkpoint) -> None:
     facts = [
         ("tensors", f"{len(metas):,}, {size_text(sum(meta.nbytes for meta in metas))}"),
         ("files", f"{len(checkpoint.locations.sources):,}"),
+        *(("codec", text) for text in _codec_texts(checkpoint)),
         ("saved by", writers_text(manifest.layout)),
     ]
     per_rank = manifest.per_rank_world_size
@@ -128,6 +131,18 @@ def _print_summary(out: Output, checkpoint: Checkpoint) -> None:
         rows = [[name, *_total_cells(total)] for name, total in totals.items()]
         columns = [Column("entry", fold=True), Column("kind"), Column("tensors", True), Column("size", True)]
         out.table([*columns, Column("values", True)], rows, indent=2)
+
+
+def _codec_texts(checkpoint: Checkpoint) -> list[str]:
+    texts = []
+    for name, (chunks, nbytes, stored) in _codecs(checkpoint).items():
+        size = f"{size_text(nbytes)} in {count_text(chunks, 'chunk')}"
+        texts.append(f"{name}: {size}, stored in {size_text(stored)}{_ratio_text(nbytes, stored)}")
+    return texts
+
+
+def _ratio_text(nbytes: int, stored: int) -> str:
+    return f" ({nbytes / stored:.2f}x)" if stored else ""
 
 
 def _total_cells(total: Mapping[str, Any]) -> list[str]:
@@ -192,11 +207,18 @@ def _print_tensors(out: Output, checkpoint: Checkpoint, chosen: _Chosen) -> None
 
 def _print_chunks(out: Output, checkpoint: Checkpoint, meta: TensorMeta) -> None:
     out.line()
-    rows = [[chunk["box"], chunk["file"], f"{chunk['start']}-{chunk['stop']}"] for chunk in _chunks(checkpoint, meta)]
-    if not rows:
+    chunks = _chunks(checkpoint, meta)
+    if not chunks:
         out.line("  It has no elements, so it has no chunks.")
         return
-    out.table([Column("chunk", lead=True), Column("file", fold=True), Column("bytes")], rows, indent=2)
+    columns = [Column("chunk", lead=True), Column("file", fold=True), Column("bytes")]
+    rows = [[chunk["box"], chunk["file"], f"{chunk['start']}-{chunk['stop']}"] for chunk in chunks]
+    if any(chunk["codec"] != RAW for chunk in chunks):
+        columns.append(Column("codec"))
+        for row, chunk in zip(rows, chunks, strict=True):
+            ratio = _ratio_text(chunk["bytes"], chunk["stop"] - chunk["start"])
+            row.append(chunk["codec"] if chunk["codec"] == RAW else f"{chunk['codec']}{ratio}")
+    out.table(columns, rows, indent=2)
 
 
 def _space(out: Output, chosen: _Chosen) -> None:
@@ -226,6 +248,10 @@ def _facts(checkpoint: Checkpoint, chosen: _Chosen, *, values: bool) -> dict[str
         "step": manifest.step,
         "attempt": manifest.attempt,
         "files": len(checkpoint.locations.sources),
+        "codecs": {
+            name: {"chunks": chunks, "bytes": nbytes, "stored": stored}
+            for name, (chunks, nbytes, stored) in _codecs(checkpoint).items()
+        },
         "layout": {"world_size": manifest.world_size, "meshes": manifest.layout.get("meshes", [])},
         "provenance": dict(manifest.provenance),
         "entries": _totals(checkpoint),
@@ -260,18 +286,48 @@ def _chunks(checkpoint: Checkpoint, meta: TensorMeta) -> list[dict[str, Any]]:
     chunks = []
     for number, (offset, size) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True)):
         row = meta.row + number
+        box = Box(tuple(offset), tuple(size))
         start = int(places.start[row])
         source = locations.sources[int(places.source[row])].name
         chunks.append(
             {
-                "box": str(Box(tuple(offset), tuple(size))),
+                "box": str(box),
                 "file": os.path.relpath(source, manifest.path),
                 "start": start,
                 "stop": start + int(places.length[row]),
+                "bytes": box.numel * meta.dtype.itemsize,
+                "codec": locations.codecs[int(places.codec[row])],
                 "digest": None if digests is None else digests[row].tobytes().hex(),
             }
         )
     return chunks
+
+
+def _codecs(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int]]:
+    """For each codec in use: chunks, their bytes, and the bytes that are stored of them. Nothing if all are raw.
+
+    Reads the whole index, and that only if there is another codec than raw.
+    """
+    manifest, locations = checkpoint.manifest, checkpoint.locations
+    if all(codec == RAW for codec in locations.codecs):
+        return {}
+    totals = np.zeros((len(locations.codecs), 3), np.int64)
+    itemsizes: dict[int, dict[int, int]] = {}
+    for meta in manifest.tensors.values():
+        if meta.rows:
+            itemsizes.setdefault(meta.page, {})[meta.row] = meta.dtype.itemsize
+    for number, of_row in itemsizes.items():
+        page, places = manifest.page(number), locations.places(number)[0]
+        firsts = sorted(of_row)
+        counts = np.diff([*firsts, len(places.length)])
+        nbytes = np.prod(page.size, axis=1) * np.repeat([of_row[first] for first in firsts], counts)
+        for column, values in enumerate((np.ones_like(nbytes), nbytes, places.length)):
+            np.add.at(totals[:, column], places.codec, values)
+    return {
+        name: (chunks, nbytes, stored)
+        for name, (chunks, nbytes, stored) in zip(locations.codecs, totals.tolist(), strict=True)
+        if chunks
+    }
 
 
 def _totals(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

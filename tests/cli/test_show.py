@@ -92,6 +92,7 @@ def test_json(checkpoint: Path) -> None:
         "step",
         "attempt",
         "files",
+        "codecs",
         "layout",
         "provenance",
         "entries",
@@ -165,3 +166,25 @@ def test_a_name_with_brackets_is_found_by_itself(tmp_path: Path) -> None:
 def test_a_tensor_without_elements_has_no_chunks(tmp_path: Path) -> None:
     library.save({"empty": torch.zeros(0, 3)}, tmp_path / "a")
     assert "no chunks" in here("show", tmp_path / "a", "empty").stdout
+
+
+def test_what_is_compressed_tells_codec_and_ratio(tmp_path: Path) -> None:
+    state = {"w": torch.randn(300, 400), "few": torch.zeros(7)}
+    library.save(state, tmp_path / "a", compress=True)
+    tree = json.loads(here("show", tmp_path / "a", "w", "--json").stdout)
+    (chunk,) = tree["chunks"]
+    stored = chunk["stop"] - chunk["start"]
+    assert (chunk["codec"], chunk["bytes"]) == ("exponent-zstd", 480_000)
+    assert tree["codecs"] == {
+        "raw": {"chunks": 1, "bytes": 28, "stored": 28},
+        "exponent-zstd": {"chunks": 1, "bytes": 480_000, "stored": stored},
+    }
+    ratio = f"({480_000 / stored:.2f}x)"
+    assert "exponent-zstd: 468.8 KiB in 1 chunk" in here("show", tmp_path / "a").stdout
+    assert ratio in here("show", tmp_path / "a").stdout
+    assert f"exponent-zstd {ratio}" in here("show", tmp_path / "a", "w").stdout
+
+
+def test_nothing_is_said_of_codecs_where_nothing_is_compressed(checkpoint: Path) -> None:
+    assert "stored in" not in here("show", checkpoint).stdout
+    assert json.loads(here("show", checkpoint, "--json").stdout)["codecs"] == {}

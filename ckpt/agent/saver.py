@@ -23,6 +23,8 @@ from ckpt.agent.client import AgentClient, Slot, failure
 from ckpt.agent.server import describe
 from ckpt.agent.wire import Message
 from ckpt.collective import Collective, ProcessGroup
+from ckpt.events import Operation
+from ckpt.events.log import seconds_text, size_text
 from ckpt.saving.capture import Capture, Laid, lay_files
 from ckpt.saving.save import Attempt, Saver, SaveResult
 from ckpt.state.dtensor import local_tensor
@@ -115,10 +117,20 @@ class PendingSave:
             status = self._client.wait(self.attempt, until, timeout)
             if status.get("error") or status.get("committed"):
                 with self._lock:
-                    self._end = status
+                    first, self._end = self._end is None, status
+                if first and self._client.rank == 0 and status.get("committed"):
+                    log.info("%s", self._summary(status))
         if status.get("error"):
             raise failure(status)
         return status
+
+    def _summary(self, end: Message) -> str:
+        """A line for the log: the agent, which knows more, has no terminal."""
+        step = "" if self.step is None else f" step {self.step}"
+        return (
+            f"saved{step}: {size_text(end['bytes'])} in {seconds_text(end['seconds'])} s, of which the training waited "
+            f"for {seconds_text(self.blocked)} s, to {self.path}"
+        )
 
 
 class AsyncSaver:
@@ -133,7 +145,7 @@ class AsyncSaver:
         self._client: AgentClient | None = None
         self._last: PendingSave | None = None
         self._fenced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._captures: list[Capture] = []
+        self._captures: list[tuple[Capture, Operation]] = []
 
     def start(self, group: Collective) -> AgentClient:
         """Make sure that this node has an agent. Collective."""
@@ -157,13 +169,15 @@ class AsyncSaver:
         folder = os.path.abspath(os.fspath(path))
         if step is None:
             step = names.step_of(os.path.basename(folder))
-        attempt = Attempt(self._saver, group, folder, step)
+        attempt = Attempt(self._saver, group, folder, step, "capture")
+        operation = attempt.operation
         with collector.paused():
             slot: Slot | None = None
             try:
                 planned = attempt.plan(state, self._earlier_failure() if group.rank == 0 else None)
-            except BaseException:
+            except BaseException as error:
                 attempt.discard()
+                operation.end(error)
                 raise
             try:
                 if planned.plan is not None and attempt.folder is not None:  # on rank 0
@@ -172,21 +186,25 @@ class AsyncSaver:
                 # no rank may hand over its part before rank 0 has opened the save
                 group.agree(None)
                 files, nbytes = lay_files(planned.chunks)
-                slot = self._slot(client, nbytes, folder)
+                with operation.waiting("room in the arena"):
+                    slot = self._slot(client, nbytes, folder)
                 owned = self._fence(state) if capture == "lazy" else frozenset()
                 pending = PendingSave(client, planned.attempt, folder, step)
-                self._capture(client, files, slot, pending, owned)
+                with operation.phase("capture") as phase:
+                    phase.bytes = operation.bytes = nbytes
+                    self._capture(client, files, slot, pending, owned, operation)
             except BaseException as error:
+                operation.end(error)
                 client.abandon(planned.attempt, slot, error)
                 raise
         self._last = pending
-        pending.phases = attempt.operation.seconds
+        pending.phases = operation.seconds
         pending.blocked = time.perf_counter() - begin
         return pending
 
     def close(self) -> None:
         """Leave the agent, which writes what is left and ends."""
-        for capture in self._captures:
+        for capture, _ in self._captures:
             capture.wait(SLOT_TIMEOUT)
         if self._client is not None:
             self._client.close()
@@ -205,11 +223,22 @@ class AsyncSaver:
         return None
 
     def _capture(
-        self, client: AgentClient, files: list[Laid], slot: Slot, pending: PendingSave, owned: frozenset[int]
+        self,
+        client: AgentClient,
+        files: list[Laid],
+        slot: Slot,
+        pending: PendingSave,
+        owned: frozenset[int],
+        operation: Operation,
     ) -> None:
         """Begin to copy into the slot; whoever ends it hands the slot to the agent."""
         attempt = pending.attempt
-        capture = Capture(files, slot.view, lambda tensor: tensor.untyped_storage().data_ptr() in owned)
+        capture = Capture(
+            files,
+            slot.view,
+            lambda tensor: tensor.untyped_storage().data_ptr() in owned,
+            operation.phase("lazy capture"),
+        )
         table = _table(files, attempt, client.rank)
 
         def then(error: BaseException | None) -> None:
@@ -221,10 +250,11 @@ class AsyncSaver:
             except CheckpointError as lost:
                 log.warning("%s: %s", pending.path, lost)
             finally:
+                operation.end(error)
                 pending.handed.set()
 
-        self._captures = [earlier for earlier in self._captures if not earlier.copied]
-        self._captures.append(capture)
+        self._captures = [earlier for earlier in self._captures if not earlier[0].copied]
+        self._captures.append((capture, operation))
         capture.start(then)
 
     def _slot(self, client: AgentClient, nbytes: int, folder: str) -> Slot:
@@ -264,8 +294,10 @@ class AsyncSaver:
         return frozenset(owned)
 
     def _before_step(self, *_: object) -> None:
-        for capture in self._captures:
-            capture.wait(SLOT_TIMEOUT)
+        for capture, operation in self._captures:
+            if not capture.copied:
+                with operation.waiting("the lazy capture"):
+                    capture.wait(SLOT_TIMEOUT)
         self._captures = []
 
 

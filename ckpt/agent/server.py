@@ -21,6 +21,7 @@ from typing import Any
 from ckpt.agent.arena import Arena
 from ckpt.agent.wire import Channel, Message
 from ckpt.agent.writing import CapturedChunk, CapturedFile, write_captured
+from ckpt.events import Operation
 from ckpt.saving.commit import Contents, Part, commit
 from ckpt.storage.files import Files
 from ckpt.storage.publish import Folder, discard
@@ -45,6 +46,8 @@ class Save:
     attempt: str
     world_size: int
     folder: Folder
+    operation: Operation
+    """What it tells of itself: the phases of all ranks, which this process works for."""
     contents: Contents | None = None
     """Rank 0 brings it."""
     captured: set[int] = field(default_factory=set)
@@ -186,6 +189,7 @@ class Agent:
             attempt=message["save"],
             world_size=int(message["world_size"]),
             folder=Folder(message["path"], message["made"]),
+            operation=Operation("save", message["path"], step=contents["step"], world_size=int(message["world_size"])),
             contents=Contents(
                 step=contents["step"],
                 tensors={name: (dtype, tuple(shape), cut) for name, (dtype, shape, cut) in contents["tensors"].items()},
@@ -258,10 +262,12 @@ class Agent:
             view = arena.view(slot)
             at = 0
             written = []
-            for captured in files:
-                # every file of a slot begins at a page
-                written.append(write_captured(self._files, save.folder.path, captured, view[at:]))
-                at += -(-captured.size // 4096) * 4096
+            with save.operation.phase("write", rank=rank) as phase:
+                for captured in files:
+                    # every file of a slot begins at a page
+                    written.append(write_captured(self._files, save.folder.path, captured, view[at:]))
+                    at += -(-captured.size // 4096) * 4096
+                    phase.bytes += captured.size
             part = Part(written, [[chunk.name for chunk in captured.chunks] for captured in files])
             with self._changed:
                 save.parts[rank] = part
@@ -295,9 +301,13 @@ class Agent:
         if save.contents is None:
             raise AssertionError("a save begins with its contents")
         parts = [save.parts[rank] for rank in sorted(save.parts)]
-        commit(self._files, save.folder, save.attempt, save.contents, parts)
+        with save.operation.phase("commit"):
+            commit(self._files, save.folder, save.attempt, save.contents, parts)
+        nbytes = sum(int(file.rows.length.sum()) for part in parts for file in part.files)
+        save.operation.bytes = nbytes
+        save.operation.end()
         with self._changed:
-            save.bytes = sum(int(file.rows.length.sum()) for part in parts for file in part.files)
+            save.bytes = nbytes
             save.seconds = time.monotonic() - save.began
             save.committed = True
             # the index of a large save is large itself
@@ -312,10 +322,12 @@ class Agent:
         log.warning("the save to %s failed: %s", save.folder.path, why)
         with contextlib.suppress(OSError):
             discard(self._files, save.folder, save.attempt)
+        kind = kind if kind in errors.__all__ else "SaveFailedError"
+        save.operation.end(getattr(errors, kind)(why))
         with self._changed:
             # whoever hears of it finds nothing left behind
             save.error = why
-            save.kind = kind if kind in errors.__all__ else "SaveFailedError"
+            save.kind = kind
             self._changed.notify_all()
 
 

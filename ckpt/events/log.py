@@ -19,8 +19,9 @@ _WORDS = {
 class LogSink:
     """Logs to the logger `ckpt`, or the one given.
 
-    INFO: one line per operation that succeeded, by rank 0. DEBUG: the same of the other ranks, and where every phase of
-    every rank begins and ends. WARNING: every operation that failed, on every rank.
+    INFO: one line per operation that succeeded, by rank 0. DEBUG: the same of the other ranks, and of captures, which
+    are only a part of a save, and where every phase of every rank begins and ends. WARNING: every operation that
+    failed, on every rank.
     """
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
@@ -33,7 +34,7 @@ class LogSink:
         match event:
             case OperationEnded(error=None):
                 self._logger.log(
-                    logging.INFO if event.rank == 0 else logging.DEBUG,
+                    logging.DEBUG if event.rank or event.operation == "capture" else logging.INFO,
                     "%s%s: %s in %s s%s %s %s%s",
                     done,
                     step,

@@ -74,6 +74,8 @@ class Operation:
         self._lock = threading.Lock()
         self._current: dict[int, Phase] = {}
         self._ended = False
+        self._end_is_due = False
+        self._error: BaseException | None = None
         self._begin = time.monotonic()
         if REGISTRY.registrations:
             REGISTRY.tell(OperationStarted(**self._facts(self._begin, rank)))
@@ -107,11 +109,19 @@ class Operation:
                 REGISTRY.tell(WaitEnded(**self._facts(end, rank), phase=name, reason=reason, seconds=end - begin))
 
     def end(self, error: BaseException | None = None) -> None:
-        """It is over, with an error or without. Does nothing the second time."""
+        """It is over, with an error or without; does nothing the second time. It is told when the last phase that is
+        still under way, on whatever thread, has ended too.
+        """
         with self._lock:
             if self._ended:
                 return
             self._ended = True
+            self._error = error
+            self._end_is_due = under_way = bool(self._current)
+        if not under_way:
+            self._tell_end()
+
+    def _tell_end(self) -> None:
         if REGISTRY.registrations:
             now = time.monotonic()
             REGISTRY.tell(
@@ -121,7 +131,7 @@ class Operation:
                     waited=self.waited,
                     bytes=self.bytes,
                     phases=dict(self.seconds),
-                    error=_text(error),
+                    error=_text(self._error),
                 )
             )
 
@@ -152,6 +162,9 @@ class Operation:
             else:
                 self._current[thread] = outer
             self.seconds[phase.name] += end - phase.begin
+            last = self._end_is_due and not self._current
+            if last:
+                self._end_is_due = False
         if REGISTRY.registrations:
             REGISTRY.tell(
                 PhaseEnded(
@@ -163,6 +176,8 @@ class Operation:
                     error=_text(phase.failure),
                 )
             )
+        if last:
+            self._tell_end()
 
     def _facts(self, monotonic: float, rank: int) -> _Facts:
         return {

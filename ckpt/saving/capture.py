@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -59,13 +60,22 @@ class Capture:
 
     Attributes:
         files: where everything lies.
+
+    What is copied lazily is copied within the context `later`.
     """
 
-    def __init__(self, files: Sequence[Laid], slot: memoryview, lazily: Callable[[torch.Tensor], bool]) -> None:
+    def __init__(
+        self,
+        files: Sequence[Laid],
+        slot: memoryview,
+        lazily: Callable[[torch.Tensor], bool],
+        later: AbstractContextManager[object],
+    ) -> None:
         self.files = files
         self._slot = slot
         self._later: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._lazily = lazily
+        self._during = later
         self._copied = threading.Event()
         self._error: BaseException | None = None
 
@@ -117,7 +127,8 @@ class Capture:
     def _copy_later(self, versions: Sequence[int], then: Callable[[BaseException | None], None]) -> None:
         error: BaseException | None = None
         try:
-            _copy(self._later)
+            with self._during:
+                _copy(self._later)
             for (_, source), version in zip(self._later, versions, strict=True):
                 if source._version != version:
                     raise SaveFailedError(

@@ -44,10 +44,11 @@ def open_at_the_end(entries: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def assert_matched(events: Iterable[Event]) -> None:
-    """Whatever started, ended, on the same thread, last in first out; every operation's phases lie within it."""
+    """Whatever started, ended: phases and waits on the same thread, last in first out, operations where they may."""
     stacks: dict[tuple[int, int], list[Event]] = {}
     for event in events:
-        stack = stacks.setdefault((event.id, event.thread), [])
+        anywhere = isinstance(event, OperationStarted | OperationEnded)
+        stack = stacks.setdefault((event.id, 0 if anywhere else event.thread), [])
         if type(event) in ENDS:
             stack.append(event)
             continue

@@ -97,6 +97,16 @@ def test_an_operation_ends_once() -> None:
     assert [event.error for event in told if isinstance(event, OperationEnded)] == ["ValueError: first"]
 
 
+def test_the_end_is_told_after_the_phases_that_were_under_way() -> None:
+    told: list[Event] = []
+    with add_sink(told.append):
+        operation = Operation("save", "a")
+        with operation.phase("write"):
+            operation.end(ValueError("in vain"))
+    assert [type(event) for event in told] == [OperationStarted, PhaseStarted, PhaseEnded, OperationEnded]
+    assert told[-1].error == "ValueError: in vain"  # type: ignore[attr-defined]
+
+
 def test_threads_have_phases_of_their_own_and_may_work_for_other_ranks() -> None:
     told: list[Event] = []
     both = threading.Barrier(2, timeout=30)

@@ -10,6 +10,7 @@ __all__ = ["LogSink"]
 
 _WORDS = {
     "capture": ("captured", "capturing", "for"),
+    "copy": ("copied", "copying", "to"),
     "load": ("loaded", "loading", "from"),
     "reshard": ("resharded", "resharding", "to"),
     "save": ("saved", "saving", "to"),

@@ -1,7 +1,7 @@
 """A save, load or reshard on one rank while it runs: a stopwatch that tells sinks what it measures.
 
 It measures whether anybody listens or not, because results say how long each phase took. With no sink a phase costs
-about a microsecond. Knows no process groups: whoever waits says so.
+about two microseconds. Knows no process groups: whoever waits says so.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Event:
     """What all events say."""
 
     operation: str
-    """What is done: save, load, reshard, or capture, the trainers' part of a save that does not stop them."""
+    """What is done: save, load, reshard, copy, or capture, the trainers' part of a save that does not stop them."""
     id: int
     """Number of the operation in its process: what belongs together has the same."""
     path: str

@@ -114,6 +114,8 @@ def load(
         CorruptionError: bytes do not fit their checksum; tensors may have been overwritten in part.
         RankError: another rank failed.
     """
+    # tensors are written in place, behind the back of version counters
+    _async_saver.settle()
     return _load(state, path, strict=strict, cast=cast, process_group=process_group)
 
 

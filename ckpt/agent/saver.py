@@ -202,10 +202,13 @@ class AsyncSaver:
         pending.blocked = time.perf_counter() - begin
         return pending
 
+    def settle(self) -> None:
+        """Wait until nothing of this process is still being copied, so that its tensors may be changed in any way."""
+        self._before_step()
+
     def close(self) -> None:
         """Leave the agent, which writes what is left and ends."""
-        for capture, _ in self._captures:
-            capture.wait(SLOT_TIMEOUT)
+        self.settle()
         if self._client is not None:
             self._client.close()
             self._client = None

@@ -331,3 +331,27 @@ def test_a_model_that_grows_and_shrinks_between_saves_just_works(tmp_path: Path)
             with ckpt.open(tmp_path / str(k)) as checkpoint:
                 assert torch.equal(checkpoint["w"][:], state["w"])
     assert [name for name in os.listdir(tmp_path / "home") if name.startswith("arena")] == []
+
+
+def test_a_load_waits_for_what_is_still_being_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(10, 10)
+    state = {"model": model, "optimizer": torch.optim.SGD(model.parameters())}
+    ckpt.save(state, tmp_path / "before")
+    with torch.no_grad():
+        model.weight += 1
+    changed = model.weight.detach().clone()
+    copy = capturing._copy
+
+    def slow(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if threading.current_thread().name == "ckpt-capture":
+            # as long as it takes, a load that did not wait would be done
+            time.sleep(0.3)
+        copy(pairs)
+
+    monkeypatch.setattr(capturing, "_copy", slow)
+    pending = ckpt.async_save(state, tmp_path / "a")
+    ckpt.load(state, tmp_path / "before")
+    assert torch.equal(model.weight, changed - 1)
+    pending.wait()
+    with ckpt.open(tmp_path / "a") as checkpoint:
+        assert torch.equal(checkpoint["model.weight"][:], changed)

@@ -28,6 +28,9 @@ VERBS = {
     "verify": _Verb("ckpt_cli.verify", "Check every byte of a checkpoint against its checksum."),
     "diff": _Verb("ckpt_cli.diff", "Tell what differs between two checkpoints."),
     "reshard": _Verb("ckpt_cli.reshard", "Write a checkpoint anew, cut for another mesh."),
+    "copy": _Verb("ckpt_cli.copy", "Copy a checkpoint or a run, every byte verified."),
+    "prune": _Verb("ckpt_cli.prune", "Remove old checkpoints of a run by a rule, and debris."),
+    "tag": _Verb("ckpt_cli.tag", "Give a checkpoint names, pin it, record metrics beside it."),
 }
 
 
@@ -106,7 +109,7 @@ def _explained(error: Exception) -> click.ClickException:
 @click.version_option(package_name="anyckpt", prog_name="ckpt", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def cli(debug: bool) -> None:
-    """Training checkpoints: look into them, check them, compare them, cut them anew.
+    """Training checkpoints: look into them, check them, compare them, cut them anew, keep them.
 
     Exit codes: 0 done; 1 the answer is no (damaged, differs); 2 the request is wrong. `ckpt VERB --help` says what they
     mean for each verb.

@@ -74,6 +74,9 @@ def test_version() -> None:
         ("diff", ".", ".", "--rtol", "-1"),
         ("reshard", "nosuchfolder", "target", "--mesh", "dp=2"),
         ("reshard", "nosuchfolder", "target"),
+        ("copy", "nosuchfolder", "target"),
+        ("prune", "nosuchfolder"),
+        ("tag", "nosuchfolder", "best"),
     ],
 )
 def test_a_wrong_request_is_a_sentence_on_stderr_and_exit_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:

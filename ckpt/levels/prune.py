@@ -1,0 +1,340 @@
+"""Removing what a run need not keep: checkpoints by a policy, and what saves and copies that failed have left behind.
+
+A checkpoint goes manifest first, so that nothing half removed is ever taken for one; whoever dies on the way leaves
+debris, which the next prune removes. What is not recognised as this format's is never touched.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ckpt.levels.policies import Policy, Saved, kept
+from ckpt.storage.files import Files
+from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError
+from ckpt_formats.facts import Facts, read_facts
+from ckpt_formats.locks import alone
+from ckpt_formats.native import names
+from ckpt_formats.native.reader import read_root
+from ckpt_formats.native.root import Root
+from ckpt_formats.runs import Found, State, find_checkpoints
+
+__all__ = ["GRACE_S", "Kept", "PruneReport", "Removed", "prune"]
+
+GRACE_S = 3600.0
+"""Seconds for which nothing must have changed in what is taken for debris: a save or copy may be under way."""
+_FOLDERS = (names.INDEX, names.DATA)
+
+
+class Kept(NamedTuple):
+    """A checkpoint that stays."""
+
+    path: str
+    step: int | None
+    why: str
+    """For people: newest, by the rule, pinned, tagged best, in use, or what is wrong with it."""
+
+
+class Removed(NamedTuple):
+    """Something that was removed, or would be in a dry run."""
+
+    path: str
+    """A checkpoint's folder; of debris, the folder or the file."""
+    step: int | None
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneReport:
+    """What `prune` did, or in a dry run would do."""
+
+    path: str
+    """The run's folder."""
+    dry_run: bool
+    kept: Sequence[Kept]
+    """By step, the oldest first."""
+    removed: Sequence[Removed]
+    """Checkpoints, by step, the oldest first."""
+    debris: Sequence[Removed]
+    """What saves and copies that failed had left."""
+    recent: Sequence[str]
+    """What looks like debris but changed within the grace time; a save or copy may be under way there."""
+    failed: Sequence[tuple[str, str]]
+    """Path and reason: what should have gone and could not be removed, or not all of it."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that became free."""
+        return sum(item.bytes for item in (*self.removed, *self.debris))
+
+
+def prune(
+    run: str | os.PathLike[str],
+    keep: Policy | int | None = None,
+    *,
+    dry_run: bool = False,
+    grace: float = GRACE_S,
+    files: Files | None = None,
+) -> PruneReport:
+    """Remove the checkpoints of a run that a policy does not keep, and debris.
+
+    Only whole checkpoints with a step go, and never the newest of them, one that is pinned or tagged, one whose facts
+    can't be read, one that a link in the run's folder leads to, or one that somebody holds (ckpt_formats.locks).
+
+    Args:
+        run: the folder that holds the checkpoints.
+        keep: what to keep, such as LatestN(3) or 3; None removes debris only.
+        dry_run: only tell.
+        grace: seconds, see GRACE_S.
+        files: what removes.
+
+    Raises:
+        CheckpointNotFoundError: there is no such folder, or it is a checkpoint itself. What can't be removed does not
+            raise; the report says so.
+    """
+    folder = os.path.abspath(os.fspath(run))
+    found = find_checkpoints(folder)
+    if any(item.path == folder for item in found):
+        raise CheckpointNotFoundError(
+            f"{folder} is a checkpoint itself; name the folder of the run that holds it", path=folder
+        )
+    return _Prune(folder, found, dry_run, grace, files or Files()).run(keep)
+
+
+class _Prune:
+    """One call of `prune`."""
+
+    def __init__(self, folder: str, found: Sequence[Found], dry_run: bool, grace: float, files: Files) -> None:
+        self._folder = folder
+        self._found = [item for item in found if not os.path.islink(item.path)]
+        self._dry_run = dry_run
+        self._before = time.time() - grace
+        self._files = files
+        self._kept: list[Kept] = []
+        self._removed: list[Removed] = []
+        self._debris: list[Removed] = []
+        self._recent: list[str] = []
+        self._failed: list[tuple[str, str]] = []
+
+    def run(self, keep: Policy | int | None) -> PruneReport:
+        whole: list[tuple[Found, int]] = []
+        for item in self._found:
+            if item.state is State.WHOLE and item.step is not None:
+                whole.append((item, item.step))
+            elif item.state is not State.NOT_COMMITTED:
+                why = "has no step" if item.state is State.WHOLE else item.state.value
+                self._kept.append(Kept(item.path, item.step, why))
+        self._by_policy(whole, keep)
+        stays = {item.path for item in self._kept}
+        for item, _ in whole:
+            if item.path in stays:
+                self._clear_committed(item)
+        for path in self._folders():
+            if not os.path.lexists(os.path.join(path, names.MANIFEST)):
+                self._clear_uncommitted(path)
+        return PruneReport(
+            path=self._folder,
+            dry_run=self._dry_run,
+            kept=sorted(self._kept, key=lambda item: -1 if item.step is None else item.step),
+            removed=self._removed,
+            debris=self._debris,
+            recent=self._recent,
+            failed=self._failed,
+        )
+
+    # checkpoints
+
+    def _by_policy(self, whole: Sequence[tuple[Found, int]], keep: Policy | int | None) -> None:
+        linked = self._linked()
+        reasons: dict[str, str] = {}
+        saved: list[Saved] = []
+        for item, step in whole:
+            facts, why = _facts(item.path)
+            if os.path.realpath(item.path) in linked:
+                why = f"linked as {linked[os.path.realpath(item.path)]}"
+            if why is not None:
+                reasons[item.path] = why
+            saved.append(Saved(step, facts.metrics, why is not None))
+        stay = {item.step for item in saved} if keep is None else kept(keep, saved)
+        newest = max((step for _, step in whole), default=None)
+        for item, step in whole:
+            if item.path in reasons:
+                self._kept.append(Kept(item.path, step, reasons[item.path]))
+            elif step == newest:
+                self._kept.append(Kept(item.path, step, "newest"))
+            elif step in stay:
+                self._kept.append(Kept(item.path, step, "by the rule" if keep is not None else "no rule"))
+            else:
+                self._remove(item, step)
+
+    def _linked(self) -> dict[str, str]:
+        """What links in the run's folder lead to: a user's `best` or `latest`."""
+        with os.scandir(self._folder) as entries:
+            return {os.path.realpath(entry.path): entry.name for entry in entries if entry.is_symlink()}
+
+    def _remove(self, item: Found, step: int) -> None:
+        """Remove a checkpoint unless it is in use now, or was pinned meanwhile."""
+        path = item.path
+        try:
+            with alone(path) as free:
+                why = _facts(path)[1] if free else "in use"
+                if why is not None:
+                    self._kept.append(Kept(path, step, why))
+                    return
+                root = read_root(path)
+                if not self._dry_run:
+                    self._files.remove(os.path.join(path, names.MANIFEST))
+                    # the files go only when the manifest is known to be gone, also after a power cut
+                    self._files.sync_folder(path)
+                    self._clear(path, _listed(root))
+                self._removed.append(Removed(path, step, item.bytes))
+        except CheckpointNotFoundError:
+            return  # somebody else removes it
+        except OSError as error:
+            self._fail(path, error)
+            if os.path.lexists(os.path.join(path, names.MANIFEST)):
+                self._kept.append(Kept(path, step, "could not be removed"))
+        except CheckpointError as error:
+            self._kept.append(Kept(path, step, str(error)))
+
+    # debris
+
+    def _folders(self) -> Iterator[str]:
+        with os.scandir(self._folder) as entries:
+            yield from sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+
+    def _clear_committed(self, item: Found) -> None:
+        """Remove what attempts that failed left in the folder of a checkpoint."""
+        try:
+            listed = {names.MANIFEST, names.FACTS, *_listed(read_root(item.path))}
+        except (CheckpointError, OSError):
+            return
+        for relative in _ours(item.path):
+            if relative in listed:
+                continue
+            path = os.path.join(item.path, relative)
+            info = _lstat(path)
+            if info is None:
+                continue
+            if info.st_mtime > self._before:
+                self._recent.append(path)
+                continue
+            if self._dry_run or self._unlink(path):
+                self._debris.append(Removed(path, None, info.st_size))
+
+    def _clear_uncommitted(self, path: str) -> None:
+        """Remove the folder of a save or copy that never ended, or of a checkpoint that was being removed."""
+        ours = list(_ours(path))
+        if not (ours or _is_begun(path)):
+            return  # nothing of this format
+        if _newest_change(path) > self._before:
+            self._recent.append(path)
+            return
+        sizes = [info.st_size for info in (_lstat(os.path.join(path, relative)) for relative in ours) if info]
+        if os.path.lexists(os.path.join(path, names.MANIFEST)):
+            return  # committed this moment
+        if not self._dry_run:
+            failures = len(self._failed)
+            self._clear(path, ours)
+            if len(self._failed) > failures:
+                return
+        self._debris.append(Removed(path, names.step_of(os.path.basename(path)), sum(sizes)))
+
+    def _clear(self, path: str, relatives: Collection[str]) -> None:
+        """Remove files of a folder that has no manifest, then the folder unless there is something else in it."""
+        for relative in sorted(relatives):
+            self._unlink(os.path.join(path, relative))
+        # what a save or copy left that failed here before the checkpoint was committed
+        for relative in sorted(set(_ours(path)) - set(relatives)):
+            info = _lstat(os.path.join(path, relative))
+            if info is not None and info.st_mtime <= self._before:
+                self._unlink(os.path.join(path, relative))
+        for folder in (*(os.path.join(path, name) for name in _FOLDERS), path):
+            try:
+                if not os.listdir(folder):
+                    self._files.remove_folder(folder)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self._fail(folder, error)
+
+    def _unlink(self, path: str) -> bool:
+        if not os.path.lexists(path):
+            return True
+        try:
+            self._files.remove(path)
+        except OSError as error:
+            self._fail(path, error)
+            return False
+        return True
+
+    def _fail(self, path: str, error: OSError) -> None:
+        self._failed.append((path, error.strerror or str(error)))
+
+
+def _facts(path: str) -> tuple[Facts, str | None]:
+    """The facts of a checkpoint, and why it must not go, if there is a reason."""
+    try:
+        facts = read_facts(path)
+    except CheckpointError as error:
+        return Facts(), f"its facts can't be read, and it may be pinned: {error}"
+    return facts, facts.protected
+
+
+def _listed(root: Root) -> list[str]:
+    """The files that belong to a checkpoint beside its manifest."""
+    return [*(page.path for page in root.pages), *(file.path for file in root.files), names.FACTS]
+
+
+def _ours(path: str) -> Iterator[str]:
+    """The files in a checkpoint's folder, relative to it, that have names of this format; the manifest is not told."""
+    for folder in (*_FOLDERS, ""):
+        inside = os.path.join(path, folder)
+        if os.path.islink(inside):
+            continue
+        try:
+            entries = sorted(os.listdir(inside))
+        except OSError:
+            continue
+        for name in entries:
+            mine = names.attempt_of(name) is not None if folder else name == names.FACTS or _is_temporary(name)
+            info = _lstat(os.path.join(inside, name)) if mine else None
+            if info is not None and not stat.S_ISDIR(info.st_mode):
+                yield f"{folder}/{name}" if folder else name
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and names.attempt_of(name) is not None
+
+
+def _is_begun(path: str) -> bool:
+    """Whether a folder without files is one that a save has begun or a prune has emptied."""
+    if all(os.path.isdir(os.path.join(path, name)) for name in _FOLDERS):
+        return True
+    try:
+        entries = set(os.listdir(path))
+    except OSError:
+        return False
+    return entries <= set(_FOLDERS) and names.step_of(os.path.basename(path)) is not None
+
+
+def _newest_change(path: str) -> float:
+    """When something was last changed in a folder, in seconds since the epoch."""
+    newest = 0.0
+    for inside, _, files in os.walk(path):
+        for at in (inside, *(os.path.join(inside, file) for file in files)):
+            info = _lstat(at)
+            if info is not None:
+                newest = max(newest, info.st_mtime)
+    return newest
+
+
+def _lstat(path: str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None

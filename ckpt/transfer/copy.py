@@ -1,0 +1,408 @@
+"""Copying a checkpoint byte for byte, every byte verified on the way, committed at the target as a save commits.
+
+A file gets its name at the target when it is whole and on stable storage; so a copy that was cut short goes on from the
+files that are there. Memory is a few buffers beside the index. Knows mounted file systems only.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from ckpt.events import Operation
+from ckpt.storage.data_file import Staging
+from ckpt.storage.facts import write_facts
+from ckpt.storage.files import ALIGNMENT, File, Files
+from ckpt.storage.publish import discard, prepare_folder, publish_encoded
+from ckpt.transfer.checking import Check, pieces
+from ckpt_formats.codecs import require_known
+from ckpt_formats.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    FormatError,
+    SaveFailedError,
+)
+from ckpt_formats.facts import Facts, read_facts
+from ckpt_formats.locks import held
+from ckpt_formats.native import names
+from ckpt_formats.native.reader import is_native, load_page, read_root, require_size
+from ckpt_formats.native.regions import ChunkTable, Segment
+from ckpt_formats.native.root import MAX_SIZE, PageFile, Root, decode
+from ckpt_formats.runs import Found, State, find_checkpoints
+from ckpt_formats.sources import LocalFile, open_plain
+
+__all__ = ["CopyResult", "RunCopyResult", "copy", "copy_run"]
+
+BUFFERS = 3
+"""Buffers of a copy: while one is written, the next is read and checked."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyResult:
+    """What a copy did."""
+
+    source: str
+    path: str
+    """The copy's folder."""
+    step: int | None
+    bytes: int
+    """Bytes of all files of the checkpoint."""
+    copied: int
+    """Of these, the bytes that were written now."""
+    verified: int
+    """Of these, the bytes that were there already, whole, and were only verified."""
+    present: bool
+    """Whether the same checkpoint was committed there already; then nothing was done."""
+    note: str | None
+    """What could not be copied although the checkpoint was: its damaged facts."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCopyResult:
+    """What the copy of a run did."""
+
+    copies: Sequence[CopyResult]
+    """By step, the oldest first."""
+    failed: Sequence[tuple[str, str]]
+    """Path and what is wrong: checkpoints that could not be copied because they are damaged, partial, or gone."""
+    uncommitted: Sequence[str]
+    """Folders of saves that did not end, or have not ended yet; they are not copied."""
+
+
+def copy(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    files: Files | None = None,
+    staging: Staging | None = None,
+) -> CopyResult:
+    """Copy the checkpoint in folder `source` to folder `target`, its metrics, tags and pin included.
+
+    While it is copied it is not pruned. When the same checkpoint lies at the target already, nothing is done.
+
+    Args:
+        source: a checkpoint's folder.
+        target: the copy's folder. Files of an earlier copy that did not end are used again if they are whole.
+        progress: called after each buffer.
+        files: what writes.
+        staging: buffers to copy through.
+
+    Raises:
+        CheckpointNotFoundError: no checkpoint was committed at the source.
+        CorruptionError, FormatError: the source is damaged; nothing was committed.
+        UnknownVersionError, UnknownCodecError, UnknownDtypeError: this release can't verify it.
+        CheckpointExistsError: another checkpoint, or something else, lies at the target.
+        SaveFailedError: writing failed; nothing was committed. The same call goes on where this one ended.
+    """
+    path, place = os.path.abspath(os.fspath(source)), os.path.abspath(os.fspath(target))
+    if not is_native(path):
+        read_root(path)  # says what is there instead
+    with Operation("copy", place) as operation, held(path):
+        work = _Copy(path, place, progress, files or Files(), staging or Staging(BUFFERS))
+        operation.step = work.root.step
+        present = work.is_there()
+        if not present:
+            with operation.phase("copy") as phase:
+                work.run()
+                phase.bytes = operation.bytes = work.copied
+    return CopyResult(
+        source=path,
+        path=place,
+        step=work.root.step,
+        bytes=work.total,
+        copied=work.copied,
+        verified=work.verified,
+        present=present,
+        note=work.note,
+        seconds=operation.total,
+    )
+
+
+def copy_run(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    steps: Collection[int] | None = None,
+    progress: Progress | None = None,
+    files: Files | None = None,
+) -> RunCopyResult:
+    """Copy the committed checkpoints of the run in folder `source`, each to its own name in folder `target`.
+
+    They are copied one after the other, the oldest first; those that are at the target already are passed over. A
+    damaged one is told in the result and does not keep the others from being copied.
+
+    Args:
+        steps: only those of these steps.
+
+    Raises:
+        CheckpointNotFoundError: no such run, or it has no checkpoint of one of `steps`.
+        CheckpointExistsError, SaveFailedError: see `copy`. What was copied before that stays.
+    """
+    run, place = os.path.abspath(os.fspath(source)), os.path.abspath(os.fspath(target))
+    # a link to a checkpoint of the run would be a second copy of it
+    found = [item for item in find_checkpoints(run) if not os.path.islink(item.path)]
+    if any(item.path == run for item in found):
+        raise CheckpointNotFoundError(f"{run} is a checkpoint itself and no run; copy it by itself", path=run)
+    chosen = [item for item in found if item.state is not State.NOT_COMMITTED]
+    if steps is not None:
+        chosen = [item for item in chosen if item.step in steps]
+        missing = sorted(set(steps) - {item.step for item in chosen})
+        if missing:
+            raise CheckpointNotFoundError(
+                f"{run} has no checkpoint of step {missing[0]}; `ckpt ls` lists those that it has",
+                path=run,
+                step=missing[0],
+            )
+    files, staging = files or Files(), Staging(BUFFERS)
+    total = sum(item.bytes for item in chosen)
+    before = 0
+
+    def report(done: int, _total: int) -> None:
+        if progress is not None:
+            progress(before + done, total)
+
+    copies: list[CopyResult] = []
+    failed: list[tuple[str, str]] = []
+    for item in chosen:
+        try:
+            if item.problem is not None:
+                raise CorruptionError(_problem(item), path=item.path)
+            to = os.path.join(place, os.path.basename(item.path))
+            copies.append(copy(item.path, to, progress=report, files=files, staging=staging))
+        except (CorruptionError, FormatError, CheckpointNotFoundError) as error:
+            failed.append((item.path, str(error)))
+        before += item.bytes
+    return RunCopyResult(
+        copies=copies,
+        failed=failed,
+        uncommitted=[item.path for item in found if item.state is State.NOT_COMMITTED],
+    )
+
+
+def _problem(item: Found) -> str:
+    return f"{item.path}: {item.problem}" if item.path not in (item.problem or "") else str(item.problem)
+
+
+class _Copy:
+    """One copy of one checkpoint, which is held meanwhile.
+
+    Attributes:
+        root: of the checkpoint.
+        total, copied, verified: bytes, see CopyResult.
+        note: see CopyResult.
+    """
+
+    def __init__(self, source: str, target: str, progress: Progress | None, files: Files, staging: Staging) -> None:
+        self._source = source
+        self._target = target
+        self._progress = progress
+        self._files = files
+        self._staging = staging
+        self._manifest = _manifest_of(source)
+        self._attempt = secrets.token_hex(8)
+        self.root: Root = decode(self._manifest, os.path.join(source, names.MANIFEST))
+        listed = sum(file.size for file in self.root.files) + sum(page.size for page in self.root.pages)
+        self.total = listed + len(self._manifest)
+        self.copied = self.verified = 0
+        self.note: str | None = None
+
+    def is_there(self) -> bool:
+        """Whether this very checkpoint is committed at the target. Raises CheckpointExistsError if another thing is."""
+        if os.path.lexists(os.path.join(self._target, names.MANIFEST)):
+            try:
+                same = _manifest_of(self._target) == self._manifest
+            except OSError:
+                same = False
+            if same:
+                return True
+            raise CheckpointExistsError(
+                f"{self._target} holds another checkpoint, and checkpoints are never overwritten; copy to another "
+                "path, or remove that one first",
+                path=self._target,
+            )
+        if os.path.isdir(self._target):
+            known = (names.DATA, names.INDEX, names.FACTS)
+            foreign = sorted(
+                name for name in os.listdir(self._target) if name not in known and names.attempt_of(name) is None
+            )
+            if foreign:
+                raise CheckpointExistsError(
+                    f"{self._target} holds other things ({', '.join(foreign[:3])}); a checkpoint needs a folder of its "
+                    f"own, such as {os.path.join(self._target, os.path.basename(self._source))}",
+                    path=self._target,
+                )
+        return False
+
+    def run(self) -> None:
+        """Copy and commit."""
+        checks = self._checks()
+        facts = self._facts()
+        folder = prepare_folder(self._files, self._target)
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="ckpt-copy") as pool:
+                for path, size, segments in checks:
+                    self._bring(path, size, segments, pool)
+            if facts:
+                write_facts(self._files, self._target, facts)
+            publish_encoded(self._files, folder, self._attempt, self._manifest)
+        except BaseException as error:
+            discard(self._files, folder, self._attempt)
+            if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+                raise SaveFailedError(
+                    f"{self._target}: could not be written ({error.strerror or error}); nothing was committed. "
+                    "Free space or make the place writable, then copy again: that goes on from what is there already",
+                    path=self._target,
+                    step=self.root.step,
+                ) from error
+            raise
+        self.copied += len(self._manifest)
+        self._report(0)
+
+    def _checks(self) -> Iterator[tuple[str, int, Iterable[Segment]]]:
+        """Each file that the root lists, with the segments that it must consist of."""
+        root = self.root
+        pages = [load_page(self._source, root, number) for number in range(len(root.pages))]
+        for page in pages:
+            for codec in np.unique(page.codec).tolist():
+                require_known(root.codecs[codec], where="a chunk", path=self._source)
+        table = ChunkTable(root, pages)
+
+        def each() -> Iterator[tuple[str, int, Iterable[Segment]]]:
+            for page in root.pages:
+                yield page.path, page.size, list(_blocks(page, root.block_size))
+            for number, file in enumerate(root.files):
+                header = Segment(0, file.header, bytes.fromhex(file.digest), None)
+                chunks = table.of_file(number)
+                yield file.path, file.size, [header, *table.segments(file, chunks, None)]
+
+        return each()
+
+    def _facts(self) -> Facts:
+        try:
+            return read_facts(self._source)
+        except CheckpointError as error:
+            self.note = f"not copied with it: {error}"
+            return Facts()
+
+    def _bring(self, path: str, size: int, segments: Iterable[Segment], pool: ThreadPoolExecutor) -> None:
+        """Have a file of the checkpoint at the target, whole and on stable storage."""
+        segments = list(segments)
+        final = os.path.join(self._target, path)
+        if self._is_whole(final, size, segments):
+            self._files.sync_file(final)
+            self.verified += size
+            self._report(0)
+            return
+        folder, _, _ = path.rpartition("/")
+        temporary = os.path.join(self._target, folder, names.temporary("copy", self._attempt))
+        source = LocalFile(os.path.join(self._source, path))
+        try:
+            require_size(source, size)
+            with self._files.create(temporary, direct=size >= ALIGNMENT) as file:
+                self._write(file, source, size, self._check(source, segments), pool)
+                file.sync()
+        finally:
+            source.close()
+        # not before it is whole and safe: whoever finds the name finds the file, another copy to this place included
+        self._files.rename(temporary, final)
+        self.copied += size
+
+    def _write(self, file: File, source: LocalFile, size: int, check: Check, pool: ThreadPoolExecutor) -> None:
+        writes: deque[Future[None]] = deque()
+        try:
+            for start in range(0, size, self._staging.size):
+                stop = min(start + self._staging.size, size)
+                buffer = self._staging.acquire()
+                try:
+                    window = memoryview(buffer)[: stop - start]
+                    source.read(start, stop, window)
+                    check.update(window)
+                except BaseException:
+                    self._staging.release(buffer)
+                    raise
+                writes.append(pool.submit(self._write_window, file, buffer, start, stop - start))
+                while writes and writes[0].done():
+                    writes.popleft().result()
+                self._report(stop)
+            check.finish(size)
+            while writes:
+                writes.popleft().result()
+        finally:
+            wait(writes)
+        if file.direct and size % ALIGNMENT:
+            file.truncate(size)
+
+    def _write_window(self, file: File, buffer: mmap.mmap, at: int, length: int) -> None:
+        """Write what is in a buffer, and give the buffer back."""
+        try:
+            window = memoryview(buffer)
+            if file.direct and length % ALIGNMENT:
+                padded = -(-length // ALIGNMENT) * ALIGNMENT
+                window[length:padded] = bytes(padded - length)
+                length = padded
+            file.write(window[:length], at)
+        finally:
+            self._staging.release(buffer)
+
+    def _is_whole(self, path: str, size: int, segments: Sequence[Segment]) -> bool:
+        """Whether an earlier copy left this file, and every byte of it is right."""
+        source = LocalFile(path)
+        buffer = None
+        try:
+            if not os.path.isfile(path) or source.size() != size:
+                return False
+            buffer = self._staging.acquire()
+            check = self._check(source, segments)
+            for start in range(0, size, self._staging.size):
+                stop = min(start + self._staging.size, size)
+                window = memoryview(buffer)[: stop - start]
+                source.read(start, stop, window)
+                check.update(window)
+                self._report(stop)
+            check.finish(size)
+        except CorruptionError:
+            return False
+        finally:
+            source.close()
+            if buffer is not None:
+                self._staging.release(buffer)
+        return True
+
+    def _check(self, source: LocalFile, segments: Iterable[Segment]) -> Check:
+        return Check(source.name, pieces(source, segments, self.root.block_size))
+
+    def _report(self, more: int) -> None:
+        if self._progress is not None:
+            self._progress(self.copied + self.verified + more, self.total)
+
+
+def _blocks(page: PageFile, block_size: int) -> Iterator[Segment]:
+    for number, expected in enumerate(page.digests):
+        start = number * block_size
+        yield Segment(start, min(start + block_size, page.size), bytes.fromhex(expected), None)
+
+
+def _manifest_of(folder: str) -> bytes:
+    """The bytes of a checkpoint's manifest."""
+    file = os.path.join(folder, names.MANIFEST)
+    try:
+        with open(open_plain(file), "rb") as stream:
+            return stream.read(MAX_SIZE + 1)  # what is larger does not decode
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CorruptionError(f"{file}: the manifest can't be read ({error.strerror})", path=file) from error

@@ -24,6 +24,7 @@ from ckpt.storage.files import Files
 from ckpt.storage.publish import discard, prepare_folder
 from ckpt_formats.arrays import AnyArray
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
+from ckpt_formats.codecs import RAW
 from ckpt_formats.errors import CheckpointError, SaveFailedError
 from ckpt_formats.geometry import Box, flat_boxes
 from ckpt_formats.layout import Cuts, Layout, Mesh, boxes, cut_words
@@ -99,6 +100,8 @@ def reshard(
         folder = prepare_folder(files, path)
         attempt = secrets.token_hex(8)
         staging = Staging()
+        # what was compressed stays so
+        compress = any(codec != RAW for codec in checkpoint.locations.codecs)
         parts: list[Part] = []
         try:
             for rank, held in enumerate(per_rank):
@@ -108,7 +111,7 @@ def reshard(
                     for number, some in enumerate(split_files(held)):
                         data = names.data_path(rank, number, attempt)
                         chunks = _Feed(checkpoint, some, count).chunks()
-                        written.append(write_data_file(files, path, data, chunks, staging))
+                        written.append(write_data_file(files, path, data, chunks, staging, compress=compress))
                         chunk_names.append([chunk.name for chunk in chunks])
                     phase.bytes = sum(file.size for file in written)
                 parts.append(Part(written, chunk_names))

@@ -122,6 +122,7 @@ def _rank_main(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of the terminal; it is the parent that stops us
     try:
         # As torchrun does it: ranks that share a machine share its cores.
+        os.environ["LOCAL_WORLD_SIZE"] = str(size)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
         if size > 1:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

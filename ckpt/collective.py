@@ -21,6 +21,8 @@ ProcessGroup = dist.ProcessGroup
 
 _OK = b"\0"
 _FAILED = b"\1"
+_SHORT = 4096
+"""Bytes of the first part of a broadcast."""
 
 
 class Collective:
@@ -93,13 +95,18 @@ class Collective:
         """Everybody gets the payload of rank 0, which alone gives it."""
         if self.world_size == 1 and payload is not None:
             return payload
+        data = payload or b""
         with self._together():
-            size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64, device=self._device)
-            dist.broadcast(size, group=self._group, group_src=0)
-            count = int(size)
-            tensor = self._tensor(payload or b"", count)
-            dist.broadcast(tensor, group=self._group, group_src=0)
-        return self._bytes(tensor, count)
+            # most answers are short, and then fit behind their length
+            head = self._tensor(len(data).to_bytes(8, "little") + data[: _SHORT - 8], _SHORT)
+            dist.broadcast(head, group=self._group, group_src=0)
+            begin = self._bytes(head, _SHORT)
+            count = int.from_bytes(begin[:8], "little")
+            if count <= _SHORT - 8:
+                return begin[8 : 8 + count]
+            rest = self._tensor(data[_SHORT - 8 :], count - (_SHORT - 8))
+            dist.broadcast(rest, group=self._group, group_src=0)
+        return begin[8:] + self._bytes(rest, count - (_SHORT - 8))
 
     def exchange(self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], bytes]) -> bytes:
         """End a phase: rank 0 decides from everybody's payload, and everybody gets its answer.

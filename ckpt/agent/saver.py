@@ -184,7 +184,7 @@ class AsyncSaver:
                     contents = describe(attempt.contents(planned.plan))
                     client.begin(planned.attempt, attempt.folder, group.world_size, contents)
                 # no rank may hand over its part before rank 0 has opened the save
-                group.agree(None)
+                group.agree(planned.failure)
                 files, nbytes = lay_files(planned.chunks)
                 with operation.waiting("room in the arena"):
                     slot = self._slot(client, nbytes, folder)

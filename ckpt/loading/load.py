@@ -248,7 +248,7 @@ class _Load:
                     in_place.append(Request(local.name, piece.box, as_carrier(view)))
                 else:
                     bounced.append((local, piece.box, view))
-        stats = self.checkpoint.read(in_place)
+        stats = self.checkpoint.read(in_place, threads=_threads())
         self._add(stats)
         for local, box, view in bounced:
             dtype = manifest.meta(local.name).dtype
@@ -266,6 +266,12 @@ class _Load:
         """Attach what was made and restore the values."""
         self.target.apply(self._values, self._per_rank)
         self.checkpoint.close()
+
+
+def _threads() -> int:
+    """How many threads a rank reads with: the node's ranks share its CPUs. torchrun says how many ranks those are."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, min(4, (os.cpu_count() or 1) // max(1, int(ranks) if ranks.isdecimal() else 1)))
 
 
 def _bounded(box: Box, itemsize: int) -> Iterator[Box]:

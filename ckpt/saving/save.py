@@ -111,6 +111,8 @@ class Planned(NamedTuple):
     chunks: Sequence[Chunk]
     plan: Plan | None
     """On rank 0 only."""
+    failure: Exception | None
+    """Why this rank can't write it; to be told to the others at the end of the next phase."""
 
 
 class Attempt:
@@ -167,11 +169,16 @@ class Attempt:
         with self.operation.phase("plan"):
             opened = json.loads(self._group.exchange(hello, failure or phase.failure, self._open))
             known = self._agree_on_plan(opened["key"], opened["cached"], description)
-        chunks = chunks_of(local, known.assignment)
+        chunks: list[Chunk] = []
+        unreadable: Exception | None = None
+        try:
+            chunks = chunks_of(local, known.assignment)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+            unreadable = error
         for name, data in self._blobs.items():
             if opened["blobs"][name] == self._group.rank:
                 chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
-        return Planned(opened["attempt"], chunks, known.plan)
+        return Planned(opened["attempt"], chunks, known.plan, unreadable)
 
     def discard(self) -> None:
         """On rank 0, remove what the attempt has left behind."""
@@ -263,6 +270,8 @@ class Attempt:
     def _write(self, planned: Planned, phase: Phase, compress: bool) -> tuple[bytes, BaseException | None]:
         """Write this rank's files. Returns its part, encoded."""
         rank = self._group.rank
+        if planned.failure is not None:
+            return b"", planned.failure
         try:
             written = [
                 write_data_file(

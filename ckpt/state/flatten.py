@@ -41,10 +41,11 @@ def flatten(state: Mapping[str, object]) -> LocalState:
     inventory = Inventory()
     parameters = Parameters()
     made: dict[str, dict[str, Any]] = {entry.key: {"kind": entry.kind} for entry in entries}
+    optimizers = any(entry.kind == "optimizer" for entry in entries)
     try:
         for entry in entries:
             if entry.kind != "optimizer":
-                made[entry.key] |= _enter(inventory, entry, parameters)
+                made[entry.key] |= _enter(inventory, entry, parameters, optimizers)
         for entry in entries:
             if entry.kind == "optimizer":
                 naming = name_parameters(entry.key, entry.value, parameters)
@@ -55,7 +56,7 @@ def flatten(state: Mapping[str, object]) -> LocalState:
     return inventory.local
 
 
-def _enter(inventory: Inventory, entry: Entry, parameters: Parameters) -> dict[str, Any]:
+def _enter(inventory: Inventory, entry: Entry, parameters: Parameters, optimizers: bool) -> dict[str, Any]:
     key, value = entry.key, entry.value
     if entry.kind == "module":
         found = walk_module(value)
@@ -65,7 +66,8 @@ def _enter(inventory: Inventory, entry: Entry, parameters: Parameters) -> dict[s
     if entry.kind == "stateful":
         inventory.value(key, value.state_dict())
         return {}
-    note_parameters(parameters, key, value)
+    if optimizers:
+        note_parameters(parameters, key, value)
     flat: dict[str, bool] = {}
     spread(inventory, key, value, flat)
     return {"flat": flat} if flat else {}

@@ -101,7 +101,7 @@ class SavedState:
 
     def find(self, name: str) -> SavedTensor | None:
         """The tensor of that name, or the one it is tied to."""
-        return self.tensors.get(self.aliases.get(name, name))
+        return self.tensors.get(self.aliases.get(name, name) if self.aliases else name)
 
 
 # --- marks that a user puts into a state

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 import ckpt
+import ckpt.saving.save as saving
 from ckpt_formats.dtypes import DTYPES
 from ckpt_formats.errors import (
     CheckpointExistsError,
@@ -276,3 +277,21 @@ def test_threads_may_save_at_once(tmp_path: Path) -> None:
     for k in range(len(states)):
         with ckpt.open(tmp_path / str(k)) as checkpoint:
             assert checkpoint["w"][-1].item() == k
+
+
+def unreadable_on_one_rank(rank: int, world_size: int, folder: str) -> str:
+    if rank == 1:
+        saving.TensorSource = broken_source  # type: ignore[assignment, misc]
+    with pytest.raises(RuntimeError, match="no such memory") as caught:
+        ckpt.save({"w": torch.zeros(2), "v": ckpt.Shard(torch.zeros(1), (2,), (rank,))}, f"{folder}/a")
+    return str(caught.value)
+
+
+def broken_source(tensor: torch.Tensor) -> None:
+    raise RuntimeError("no such memory")
+
+
+def test_memory_that_one_rank_can_not_read_is_an_error_on_all_at_once(tmp_path: Path) -> None:
+    first, _ = run_ranks(unreadable_on_one_rank, 2, str(tmp_path), timeout=30)
+    assert "rank 1" in first
+    assert os.listdir(tmp_path) == []

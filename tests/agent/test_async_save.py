@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import ckpt
+from ckpt import api
 from ckpt.agent.client import AgentClient
 from ckpt.agent.saver import AsyncSaver
 from ckpt.agent.server import Agent
@@ -27,6 +28,14 @@ from ckpt.saving import capture as capturing
 from ckpt.storage.files import File, Files
 from ckpt_formats.errors import CheckpointExistsError, CheckpointNotFoundError, SaveFailedError, ValuesDifferError
 from tests.ranks import Killed, run_ranks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_agent_stays() -> Iterator[None]:
+    """The agent of this very process ends with its tests, not with the process."""
+    yield
+    api._async_saver.close()
+    until(lambda: not [t for t in threading.enumerate() if t.name == "ckpt-agent-reaper"], "the agent to end")
 
 
 def until(true: Callable[[], bool], what: str, seconds: float = 30.0) -> None:

@@ -45,7 +45,8 @@ def chunk(name: str, source: Source) -> Chunk:
 
 
 def compressors() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ckpt-")]
+    working = ("ckpt-compress", "ckpt-write")
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(working)]
 
 
 def test_blocks_come_in_order_and_sources_are_read_in_order_by_the_caller() -> None:

@@ -51,7 +51,6 @@ class AgentClient:
         self.rank = rank
         self._arena: MappedArena | None = None
         self._channel = Channel.connect(address, ANSWER)
-        self._lock = threading.Lock()
         self.pid = int(self._ask({"op": "hello", "rank": rank})["pid"])
 
     @classmethod

@@ -166,10 +166,7 @@ class AsyncSaver:
         begin = time.perf_counter()
         group = Collective(process_group)
         client = self.start(group)
-        folder = os.path.abspath(os.fspath(path))
-        if step is None:
-            step = names.step_of(os.path.basename(folder))
-        attempt = Attempt(self._saver, group, folder, step, "capture")
+        attempt = Attempt(self._saver, group, path, step, "capture")
         operation = attempt.operation
         with collector.paused():
             slot: Slot | None = None
@@ -187,9 +184,9 @@ class AsyncSaver:
                 group.agree(planned.failure)
                 files, nbytes = lay_files(planned.chunks)
                 with operation.waiting("room in the arena"):
-                    slot = self._slot(client, nbytes, folder)
+                    slot = self._slot(client, nbytes, attempt.path)
                 owned = self._fence(state) if capture == "lazy" else frozenset()
-                pending = PendingSave(client, planned.attempt, folder, step)
+                pending = PendingSave(client, planned.attempt, attempt.path, attempt.step)
                 with operation.phase("capture") as phase:
                     phase.bytes = operation.bytes = nbytes
                     self._capture(client, files, slot, pending, owned, operation)

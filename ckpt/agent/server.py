@@ -23,7 +23,7 @@ from ckpt.agent.wire import Channel, Message
 from ckpt.agent.writing import CapturedChunk, CapturedFile, write_captured
 from ckpt.events import Operation
 from ckpt.saving.commit import Contents, Part, commit
-from ckpt.storage.files import Files
+from ckpt.storage.files import ALIGNMENT, Files
 from ckpt.storage.publish import Folder, discard
 from ckpt_formats import errors
 from ckpt_formats.errors import CheckpointError
@@ -266,7 +266,7 @@ class Agent:
                 for captured in files:
                     # every file of a slot begins at a page
                     written.append(write_captured(self._files, save.folder.path, captured, view[at:]))
-                    at += -(-captured.size // 4096) * 4096
+                    at += -(-captured.size // ALIGNMENT) * ALIGNMENT
                     phase.bytes += captured.size
             part = Part(written, [[chunk.name for chunk in captured.chunks] for captured in files])
             with self._changed:

@@ -77,7 +77,6 @@ class Capture:
         self._lazily = lazily
         self._during = later
         self._copied = threading.Event()
-        self._error: BaseException | None = None
 
     def start(self, then: Callable[[BaseException | None], None]) -> None:
         """Copy what must be copied now, and the rest in a thread; `then` is called at the end, with the error if it

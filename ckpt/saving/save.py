@@ -88,11 +88,9 @@ class Saver:
         compress: bool = False,
     ) -> SaveResult:
         """See ckpt.save."""
-        folder = os.path.abspath(os.fspath(path))
-        step = names.step_of(os.path.basename(folder)) if step is None else _step(step)
         # one at a time: threads that share the staging buffers could each wait for the others'
         with self._one_at_a_time, collector.paused():
-            attempt = Attempt(self, Collective(process_group), folder, step)
+            attempt = Attempt(self, Collective(process_group), path, step)
             with attempt.operation:
                 return attempt.run(state, compress=compress)
 
@@ -119,16 +117,20 @@ class Attempt:
     """One attempt at one checkpoint, on one rank.
 
     Attributes:
+        path: the checkpoint's folder.
+        step: the training step, if there is one.
         operation: what it tells of itself.
         folder: on rank 0, the folder that was made for it.
     """
 
-    def __init__(self, saver: Saver, group: Collective, path: str, step: int | None, name: str = "save") -> None:
+    def __init__(
+        self, saver: Saver, group: Collective, path: str | os.PathLike[str], step: int | None, name: str = "save"
+    ) -> None:
         self._saver = saver
         self._group = group
-        self._path = path
-        self._step = step
-        self.operation = Operation(name, path, step=step, rank=group.rank, world_size=group.world_size)
+        self.path = os.path.abspath(os.fspath(path))
+        self.step = names.step_of(os.path.basename(self.path)) if step is None else _step(step)
+        self.operation = Operation(name, self.path, step=self.step, rank=group.rank, world_size=group.world_size)
         group.waiting = self.operation.waiting
         self._blobs: dict[str, bytes] = {}
         # what follows is rank 0's
@@ -152,8 +154,8 @@ class Attempt:
             self.discard()
             raise
         return SaveResult(
-            path=self._path,
-            step=self._step,
+            path=self.path,
+            step=self.step,
             bytes=total,
             seconds=self.operation.total,
             phases=self.operation.seconds,
@@ -197,8 +199,8 @@ class Attempt:
                 self._blobs[rank_blob(self._group.rank)] = _json(own)
             description = describe(local)
             hello = {
-                "path": self._path,
-                "step": self._step,
+                "path": self.path,
+                "step": self.step,
                 "digest": hexdigest(description),
                 "plans": list(self._saver.plans),
                 "values": values,
@@ -218,17 +220,17 @@ class Attempt:
         """On rank 0: join the values, see whether the plan is known, make the folders."""
         hellos = [json.loads(payload) for payload in payloads]
         for rank, hello in enumerate(hellos):
-            if hello["path"] != self._path:
+            if hello["path"] != self.path:
                 raise StateError(
-                    f"rank {rank} saves to {hello['path']} but rank 0 to {self._path}; give all ranks the same path",
+                    f"rank {rank} saves to {hello['path']} but rank 0 to {self.path}; give all ranks the same path",
                     rank=rank,
                 )
-            if hello["step"] != self._step:
+            if hello["step"] != self.step:
                 raise StateError(
-                    f"rank {rank} saves step {hello['step']} but rank 0 step {self._step}; let ranks agree on it first",
+                    f"rank {rank} saves step {hello['step']} but rank 0 step {self.step}; let ranks agree on it first",
                     rank=rank,
                 )
-        require_free(self._path)
+        require_free(self.path)
         self._entries = merge_entries([hello["entries"] for hello in hellos])
         self._values = merge_values([hello["values"] for hello in hellos], self._entries)
         writers: dict[str, int] = {}
@@ -238,10 +240,7 @@ class Attempt:
                 self._blob_sizes[name] = size
         key = hexdigest("".join(hello["digest"] for hello in hellos).encode())
         self._attempt = secrets.token_hex(8)
-        try:
-            self.folder = prepare_folder(self._saver.files, self._path)
-        except OSError as error:
-            raise _explain(error, self._path, 0) from error
+        self.folder = prepare_folder(self._saver.files, self.path)
         return _json(
             {
                 "attempt": self._attempt,
@@ -276,7 +275,7 @@ class Attempt:
             written = [
                 write_data_file(
                     self._saver.files,
-                    self._path,
+                    self.path,
                     names.data_path(rank, number, planned.attempt),
                     some,
                     self._saver.staging,
@@ -288,14 +287,14 @@ class Attempt:
             chunk_names = [[chunk.name for chunk in some] for some in split_files(planned.chunks)]
             return Part(written, chunk_names).encode(), None
         except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
-            return b"", _explain(error, self._path, rank)
+            return b"", _explain(error, self.path, rank)
 
     def contents(self, plan: Plan) -> Contents:
         """On rank 0: what the checkpoint says beside its chunks."""
         tensors: dict[str, tuple[str, tuple[int, ...], int | None]] = dict(plan.tensors)
         tensors.update({name: ("uint8", (size,), None) for name, size in self._blob_sizes.items()})
         return Contents(
-            step=self._step,
+            step=self.step,
             tensors=tensors,
             aliases=plan.aliases,
             values=self._values,
@@ -312,7 +311,7 @@ class Attempt:
         try:
             commit(self._saver.files, self.folder, self._attempt, self.contents(plan), parts)
         except OSError as error:
-            raise _explain(error, self._path, 0) from error
+            raise _explain(error, self.path, 0) from error
         return str(sum(int(file.rows.length.sum()) for part in parts for file in part.files)).encode()
 
 

@@ -19,15 +19,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from ckpt.storage.compressing import Readable, blocks_of, is_compressed
 from ckpt.storage.files import ALIGNMENT, File, Files
 from ckpt_formats.arrays import Buffer
 from ckpt_formats.codecs import EXPONENT_ZSTD, KNOWN, RAW, table_row, table_size
-from ckpt_formats.digest import BLOCK_SIZE, Hasher, as_rows, combine, digest, hexdigest
+from ckpt_formats.digest import BLOCK_SIZE, Hasher, combine, digest, hexdigest
 from ckpt_formats.dtypes import DType
 from ckpt_formats.geometry import Box
+from ckpt_formats.native import index
 from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.names import chunk_key
 from ckpt_formats.safetensors_file import LARGE, FileLayout, header_bound, lay_out
@@ -244,32 +243,7 @@ def _write_chunks(stream: _Stream, layout: FileLayout, chunks: Sequence[Chunk]) 
                 block_digests.extend(parts)
         lengths.append(nbytes)
         at = start + nbytes
-    return _rows(chunks, layout.starts, lengths, [0] * len(chunks), digests, block, block_digests)
-
-
-def _rows(
-    chunks: Sequence[Chunk],
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    codec: Sequence[int],
-    digests: Sequence[bytes],
-    block: Sequence[int],
-    block_digests: Sequence[bytes],
-) -> IndexRows:
-    ndim = max((len(chunk.box.sizes) for chunk in chunks), default=1) or 1
-    return IndexRows(
-        offset=np.array([c.box.offsets + (0,) * (ndim - len(c.box.offsets)) for c in chunks], np.int64).reshape(
-            -1, ndim
-        ),
-        size=np.array([c.box.sizes + (1,) * (ndim - len(c.box.sizes)) for c in chunks], np.int64).reshape(-1, ndim),
-        file=np.zeros(len(chunks), np.int64),
-        start=np.array(starts, np.int64),
-        length=np.array(lengths, np.int64),
-        codec=np.array(codec, np.uint8),
-        digest=as_rows(digests),
-        block=np.array(block, np.int64),
-        block_digest=as_rows(block_digests),
-    )
+    return index.build([chunk.box for chunk in chunks], layout.starts, lengths, digests, block, block_digests)
 
 
 def _write_blocks(stream: _Stream, chunk: Chunk, nbytes: int) -> list[bytes]:
@@ -350,7 +324,7 @@ def _write_encoded(stream: _Stream, header: int, chunks: Sequence[Chunk]) -> tup
     layout = lay_out(entries, header)
     if layout.starts != starts or layout.size != at:
         raise AssertionError("the header says that chunks lie elsewhere than they were written")
-    return layout, _rows(chunks, starts, lengths, codecs, digests, block, block_digests)
+    return layout, index.build([chunk.box for chunk in chunks], starts, lengths, digests, block, block_digests, codecs)
 
 
 def _alignment(chunk: Chunk) -> int:

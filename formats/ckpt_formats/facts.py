@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckpt_formats.digest import hexdigest
 from ckpt_formats.errors import CorruptionError, FactsError, FormatError, UnknownVersionError
 from ckpt_formats.native import names
 from ckpt_formats.safetensors_file import parse_json
+from ckpt_formats.sealed import is_whole, seal
 from ckpt_formats.sources import open_plain
 from ckpt_formats.values.tree import brief
 
@@ -29,8 +28,6 @@ MAX_SIZE = 1 << 20
 """Bytes of the largest file of facts."""
 MAX_NAME = 200
 """Characters of a tag or of a metric's name."""
-_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')
-_TAIL_SIZE = 46
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """JSON has no such numbers, and a loss that went wrong is a fact too."""
 
@@ -91,8 +88,7 @@ def encode(facts: Facts) -> bytes:
         "tags": list(facts.tags),
         "pinned": bool(facts.pinned),
     }
-    body = json.dumps(tree, separators=(",", ":"), allow_nan=False).encode("ascii")[:-1]
-    data = body + f',"digest":"{hexdigest(body)}"}}\n'.encode("ascii")
+    data = seal(json.dumps(tree, separators=(",", ":"), allow_nan=False).encode("ascii"))
     if len(data) > MAX_SIZE:
         raise FactsError(f"the tags and metrics of a checkpoint would take {len(data)} bytes; at most {MAX_SIZE} fit")
     return data
@@ -106,8 +102,7 @@ def decode(data: bytes, path: str) -> Facts:
         UnknownVersionError: a newer release wrote them.
         FormatError: anything else that docs/format.md rules out.
     """
-    tail = _TAIL.fullmatch(data[-_TAIL_SIZE:])
-    if tail is None or hexdigest(memoryview(data)[:-_TAIL_SIZE]).encode("ascii") != tail.group(1):
+    if not is_whole(data):
         raise CorruptionError(
             f"{path}: metrics, tags and pin do not fit their checksum: the file is damaged or was edited. The "
             "checkpoint itself is not touched by that; remove the file, then record them anew",

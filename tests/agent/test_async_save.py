@@ -26,7 +26,13 @@ from ckpt.agent.saver import AsyncSaver
 from ckpt.agent.server import Agent
 from ckpt.saving import capture as capturing
 from ckpt.storage.files import File, Files
-from ckpt_formats.errors import CheckpointExistsError, CheckpointNotFoundError, SaveFailedError, ValuesDifferError
+from ckpt_formats.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    SaveFailedError,
+    StateError,
+    ValuesDifferError,
+)
 from tests.ranks import Killed, run_ranks
 
 
@@ -198,6 +204,8 @@ def test_refusals_are_raised_at_the_call_and_leave_nothing(tmp_path: Path) -> No
         ckpt.async_save({"w": torch.zeros(3)}, tmp_path / "a")
     with pytest.raises(TypeError, match="hook"):
         ckpt.async_save({"hook": print}, tmp_path / "b")
+    with pytest.raises(StateError, match="no training step"):
+        ckpt.async_save({"w": torch.zeros(3)}, tmp_path / "b", step=-1)
     assert os.listdir(tmp_path) == ["a"]
 
 

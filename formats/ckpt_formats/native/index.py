@@ -103,8 +103,9 @@ def build(
     digests: Sequence[bytes],
     block: Sequence[int],
     block_digest: Sequence[bytes],
+    codec: Sequence[int] | None = None,
 ) -> IndexRows:
-    """The rows of one data file (file 0), stored raw, from what was noted while it was written."""
+    """The rows of one data file (file 0), from what was noted while it was written; stored raw without `codec`."""
     ndim = max((len(box.sizes) for box in boxes), default=1) or 1
     offsets = [(*box.offsets, *(0,) * (ndim - len(box.offsets))) for box in boxes]
     sizes = [(*box.sizes, *(1,) * (ndim - len(box.sizes))) for box in boxes]
@@ -114,7 +115,7 @@ def build(
         file=np.zeros(len(boxes), np.int64),
         start=np.array(starts, np.int64),
         length=np.array(lengths, np.int64),
-        codec=np.zeros(len(boxes), np.uint8),
+        codec=np.zeros(len(boxes), np.uint8) if codec is None else np.array(codec, np.uint8),
         digest=as_rows(digests),
         block=np.array(block, np.int64),
         block_digest=as_rows(block_digest),

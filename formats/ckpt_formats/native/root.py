@@ -11,19 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from ckpt_formats.digest import hexdigest
 from ckpt_formats.dtypes import DType
 from ckpt_formats.dtypes import dtype as dtype_named
 from ckpt_formats.errors import CorruptionError, FormatError, StateError, UnknownDtypeError, UnknownVersionError
 from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.native import names
 from ckpt_formats.safetensors_file import ALIGNMENT, is_index, parse_json
+from ckpt_formats.sealed import TAIL_SIZE, is_whole, seal
 from ckpt_formats.values.tree import brief
 
 FORMAT = "ckpt"
 VERSION = 1
-_TAIL = re.compile(rb',"digest":"([0-9a-f]{32})"\}\n')
-_TAIL_SIZE = 46
 _HEX_DIGEST = re.compile(r"[0-9a-f]{32}")
 MAX_NDIM = 64
 """Torch's own limit on dimensions."""
@@ -103,13 +101,12 @@ def encode(root: Root) -> bytes:
         separators=(",", ":"),
         allow_nan=False,
     ).encode("utf-8")
-    if len(body) + _TAIL_SIZE > MAX_SIZE:
+    if len(body) + TAIL_SIZE > MAX_SIZE:
         raise StateError(
             f"the manifest would have {len(body)} bytes, more than the {MAX_SIZE} that readers take; "
             "keep large plain values as tensors or numpy arrays, which are stored apart"
         )
-    body = body[:-1]
-    return body + f',"digest":"{hexdigest(body)}"}}\n'.encode("ascii")
+    return seal(body)
 
 
 def decode(data: bytes, path: str) -> Root:
@@ -120,8 +117,7 @@ def decode(data: bytes, path: str) -> Root:
         UnknownVersionError: another version of the format.
         FormatError: anything else that docs/format.md rules out.
     """
-    tail = _TAIL.fullmatch(data[-_TAIL_SIZE:])
-    if tail is None or hexdigest(memoryview(data)[:-_TAIL_SIZE]).encode("ascii") != tail.group(1):
+    if not is_whole(data):
         raise CorruptionError(
             f"{path}: the manifest does not fit its own checksum: it is damaged or truncated; use another checkpoint",
             path=path,

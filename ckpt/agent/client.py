@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ckpt.agent.arena import MappedArena
@@ -32,6 +33,10 @@ ANSWER = 60.0
 """Seconds within which an agent has to answer what needs no waiting."""
 MEMORY = "/dev/shm"  # noqa: S108 - a folder of our own is made in it, which only this user can enter
 """Where arenas lie; the temporary folder where there is no such file system."""
+
+
+Launcher = Callable[[], str]
+"""Starts an agent on this node, in whatever way, and returns its address."""
 
 
 class Slot(NamedTuple):
@@ -54,8 +59,11 @@ class AgentClient:
         self.pid = int(self._ask({"op": "hello", "rank": rank})["pid"])
 
     @classmethod
-    def join(cls, group: Collective) -> AgentClient:
+    def join(cls, group: Collective, launcher: Launcher) -> AgentClient:
         """Start an agent on this node, once, and connect every rank to it. Collective.
+
+        Args:
+            launcher: starts an agent on this node and returns its address.
 
         Raises:
             SaveFailedError: it does not start, or the ranks are on several nodes, which is not supported yet.
@@ -64,7 +72,7 @@ class AgentClient:
         mine = b""
         try:
             host = f"{socket.gethostname()} {_boot()}"
-            mine = json.dumps([host, launch() if group.rank == 0 else ""]).encode()
+            mine = json.dumps([host, launcher() if group.rank == 0 else ""]).encode()
         except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
             failure = error
 
@@ -154,8 +162,12 @@ def failure(answer: Message) -> CheckpointError:
     return error
 
 
-def launch() -> str:
+def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = ()) -> str:
     """Start an agent on this node in a session of its own. Returns its address.
+
+    Args:
+        module: its main program, which calls ckpt.agent.main.serve.
+        arguments: what it gets behind those of ckpt.agent.main.add_arguments.
 
     Raises:
         SaveFailedError: it did not start in time.
@@ -166,7 +178,7 @@ def launch() -> str:
     try:
         with open(os.path.join(home, "log"), "wb") as log:
             process = subprocess.Popen(  # noqa: S603 - this interpreter, and arguments of our own
-                [sys.executable, "-m", "ckpt.agent.main", "--home", home, "--ready", str(other_end)],
+                [sys.executable, "-m", module, "--home", home, "--ready", str(other_end), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

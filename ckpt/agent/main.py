@@ -1,7 +1,8 @@
 """The agent's process: `python -m ckpt.agent.main --home FOLDER --ready FD`.
 
 It is in a session of its own, so that signals to the trainers' group do not reach it, and it ignores Ctrl-C: it ends
-when its trainers have ended and everything that they captured is written.
+when its trainers have ended, everything that they captured is written, and what is to be done after commits is done.
+A higher floor that has something to do after commits has a main program of its own, which calls `serve`.
 """
 
 from __future__ import annotations
@@ -13,31 +14,48 @@ import shutil
 import signal
 import socket
 
+from ckpt.agent.aftermath import AfterCommit, Aftermath
 from ckpt.agent.server import Agent
 
 SOCKET = "socket"
 """Name of the socket in the agent's folder."""
 
 
-def main() -> None:
-    """Serve until done, and remove everything."""
-    parser = argparse.ArgumentParser()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `launch` gives to every agent: those of `serve`."""
     parser.add_argument("--home", required=True, help="a folder in a memory file system, made for this agent")
     parser.add_argument("--ready", type=int, required=True, help="a file descriptor to write to when it listens")
-    arguments = parser.parse_args()
+
+
+def serve(home: str, ready: int, *, after_commit: AfterCommit | None = None) -> None:
+    """Be an agent until done, and remove everything.
+
+    Args:
+        home: a folder in a memory file system, made for this agent.
+        ready: a file descriptor to write to when it listens.
+        after_commit: called with every checkpoint that was committed, one after the other, on a thread of its own. The
+            agent stays until the last call has returned, or has been given up (see aftermath.py).
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    home = arguments.home
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(os.path.join(home, SOCKET))
             listener.listen(128)
-            os.write(arguments.ready, b"1")
-            os.close(arguments.ready)
-            Agent(home).serve(listener)
+            os.write(ready, b"1")
+            os.close(ready)
+            Agent(home, aftermath=Aftermath(after_commit)).serve(listener)
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def main() -> None:
+    """An agent that does nothing after commits."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    serve(arguments.home, arguments.ready)
 
 
 if __name__ == "__main__":

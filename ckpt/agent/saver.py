@@ -19,7 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ckpt import collector
-from ckpt.agent.client import AgentClient, Slot, failure
+from ckpt.agent.client import AgentClient, Launcher, Slot, failure, launch
 from ckpt.agent.server import describe
 from ckpt.agent.wire import Message
 from ckpt.collective import Collective, ProcessGroup
@@ -140,8 +140,10 @@ class AsyncSaver:
     writes what is left, and ends.
     """
 
-    def __init__(self, saver: Saver | None = None) -> None:
+    def __init__(self, saver: Saver | None = None, *, launcher: Launcher = launch) -> None:
+        """`launcher` starts an agent on this node and returns its address."""
         self._saver = saver or Saver()
+        self._launcher = launcher
         self._client: AgentClient | None = None
         self._last: PendingSave | None = None
         self._fenced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -150,7 +152,7 @@ class AsyncSaver:
     def start(self, group: Collective) -> AgentClient:
         """Make sure that this node has an agent. Collective."""
         if self._client is None:
-            self._client = AgentClient.join(group)
+            self._client = AgentClient.join(group, self._launcher)
         return self._client
 
     def save(

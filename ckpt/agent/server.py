@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckpt.agent.aftermath import Aftermath, Committed
 from ckpt.agent.arena import Arena
 from ckpt.agent.wire import Channel, Message
 from ckpt.agent.writing import CapturedChunk, CapturedFile, write_captured
@@ -81,9 +82,10 @@ class Save:
 class Agent:
     """The agent's state, and its answers to trainers."""
 
-    def __init__(self, home: str, files: Files | None = None) -> None:
+    def __init__(self, home: str, files: Files | None = None, aftermath: Aftermath | None = None) -> None:
         self._home = home
         self._files = files or Files()
+        self._aftermath = aftermath or Aftermath()
         self._changed = threading.Condition()
         self._saves: OrderedDict[str, Save] = OrderedDict()
         self._arenas: dict[str, Arena] = {}
@@ -117,11 +119,12 @@ class Agent:
         with self._changed:
             if self._trainers or self._writing:
                 self._idle_since = None
+                self._aftermath.stay()
                 return False
             if not self._met:
                 return now - self._started > STARTUP
             self._idle_since = self._idle_since or now
-            return now - self._idle_since > LINGER
+            return now - self._idle_since > LINGER and self._aftermath.finished()
 
     def _attend(self, channel: Channel) -> None:
         """Answer one connection until it closes. A trainer's first message is `hello`; others only ask."""
@@ -310,9 +313,11 @@ class Agent:
             save.bytes = nbytes
             save.seconds = time.monotonic() - save.began
             save.committed = True
+            step = save.contents.step
             # the index of a large save is large itself
             save.parts, save.contents = {}, None
             self._changed.notify_all()
+        self._aftermath.committed(Committed(save.folder.path, step, save.attempt, leads=True))
 
     def _fail(self, save: Save, why: str, kind: str) -> None:
         with self._changed:

@@ -173,7 +173,8 @@ class AsyncSaver:
         with collector.paused():
             slot: Slot | None = None
             try:
-                planned = attempt.plan(state, self._earlier_failure() if group.rank == 0 else None)
+                attempt.take(state)
+                planned = attempt.plan(self._earlier_failure() if group.rank == 0 else None)
             except BaseException as error:
                 attempt.discard()
                 operation.end(error)

@@ -102,6 +102,16 @@ class Saver:
             self.plans.popitem(last=False)
 
 
+class Taken(NamedTuple):
+    """What one rank holds: tensors as they are, values as they will be stored."""
+
+    local: LocalState
+    values: Mapping[str, Any]
+    """Path -> encoded value, equal on all ranks that have it."""
+    blobs: Mapping[str, bytes]
+    """What is too large for the root, or this rank's own, by the name of its tensor."""
+
+
 class Planned(NamedTuple):
     """What one rank has to write."""
 
@@ -132,7 +142,8 @@ class Attempt:
         self.step = names.step_of(os.path.basename(self.path)) if step is None else _step(step)
         self.operation = Operation(name, self.path, step=self.step, rank=group.rank, world_size=group.world_size)
         group.waiting = self.operation.waiting
-        self._blobs: dict[str, bytes] = {}
+        self._taken = Taken(LocalState(), {}, {})
+        self._failure: BaseException | None = None
         # what follows is rank 0's
         self.folder: Folder | None = None
         self._attempt = ""
@@ -143,7 +154,8 @@ class Attempt:
     def run(self, state: Mapping[str, object], *, compress: bool = False) -> SaveResult:
         """Describe, plan, write, commit."""
         try:
-            planned = self.plan(state)
+            self.take(state)
+            planned = self.plan()
             with self.operation.phase("write") as phase:
                 part, phase.failure = self._write(planned, phase, compress)
             with self.operation.phase("commit"):
@@ -161,23 +173,40 @@ class Attempt:
             phases=self.operation.seconds,
         )
 
-    def plan(self, state: Mapping[str, object], failure: BaseException | None = None) -> Planned:
-        """Agree with the other ranks on who writes what, and make the folders. Collective.
+    def take(self, state: Mapping[str, object]) -> Taken | None:
+        """Take the state apart; None if that can't be done, of which ranks hear when they next meet, in `plan`."""
+        with self.operation.phase("describe") as phase:
+            try:
+                self._taken = _take(state, self._group.rank)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+                phase.failure = self._failure = error
+                return None
+        return self._taken
+
+    def plan(self, failure: BaseException | None = None) -> Planned:
+        """Agree with the other ranks on who writes what was taken, and make the folders. Collective.
 
         A `failure` of this rank, from before, ends the attempt on every rank.
         """
-        with self.operation.phase("describe") as phase:
-            local, description, hello, phase.failure = self._describe(state)
+        taken = self._taken
+        failure = failure or self._failure
         with self.operation.phase("plan"):
-            opened = json.loads(self._group.exchange(hello, failure or phase.failure, self._open))
+            description = hello = b""
+            try:
+                if failure is None:
+                    description = describe(taken.local)
+                    hello = self._hello(taken, hexdigest(description))
+            except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+                failure = error
+            opened = json.loads(self._group.exchange(hello, failure, self._open))
             known = self._agree_on_plan(opened["key"], opened["cached"], description)
         chunks: list[Chunk] = []
         unreadable: Exception | None = None
         try:
-            chunks = chunks_of(local, known.assignment)
+            chunks = chunks_of(taken.local, known.assignment)
         except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
             unreadable = error
-        for name, data in self._blobs.items():
+        for name, data in taken.blobs.items():
             if opened["blobs"][name] == self._group.rank:
                 chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
         return Planned(opened["attempt"], chunks, known.plan, unreadable)
@@ -187,34 +216,19 @@ class Attempt:
         if self.folder is not None:
             discard(self._saver.files, self.folder, self._attempt)
 
-    def _describe(self, state: Mapping[str, object]) -> tuple[LocalState, bytes, bytes, BaseException | None]:
-        """What this rank holds, and its greeting to rank 0: everything that changes from save to save."""
-        try:
-            local = flatten(state)
-            values = {
-                path: encode(value, path, blob=self._keep, leaf=encode_leaf) for path, value in local.values.items()
-            }
-            own = {path: encode(value, path, leaf=encode_leaf) for path, value in local.per_rank.items()}
-            if own:
-                self._blobs[rank_blob(self._group.rank)] = _json(own)
-            description = describe(local)
-            hello = {
+    def _hello(self, taken: Taken, digest: str) -> bytes:
+        """This rank's greeting to rank 0: everything that changes from save to save."""
+        return _json(
+            {
                 "path": self.path,
                 "step": self.step,
-                "digest": hexdigest(description),
+                "digest": digest,
                 "plans": list(self._saver.plans),
-                "values": values,
-                "entries": local.entries,
-                "blobs": {name: len(data) for name, data in self._blobs.items()},
+                "values": taken.values,
+                "entries": taken.local.entries,
+                "blobs": {name: len(data) for name, data in taken.blobs.items()},
             }
-            return local, description, _json(hello), None
-        except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
-            return LocalState(), b"", b"", error
-
-    def _keep(self, data: bytes) -> str:
-        name = BLOB_PREFIX + hexdigest(data)
-        self._blobs[name] = bytes(data)
-        return name
+        )
 
     def _open(self, payloads: list[bytes]) -> bytes:
         """On rank 0: join the values, see whether the plan is known, make the folders."""
@@ -313,6 +327,22 @@ class Attempt:
         except OSError as error:
             raise _explain(error, self.path, 0) from error
         return str(sum(int(file.rows.length.sum()) for part in parts for file in part.files)).encode()
+
+
+def _take(state: Mapping[str, object], rank: int) -> Taken:
+    local = flatten(state)
+    blobs: dict[str, bytes] = {}
+
+    def keep(data: bytes) -> str:
+        name = BLOB_PREFIX + hexdigest(data)
+        blobs[name] = bytes(data)
+        return name
+
+    values = {path: encode(value, path, blob=keep, leaf=encode_leaf) for path, value in local.values.items()}
+    own = {path: encode(value, path, leaf=encode_leaf) for path, value in local.per_rank.items()}
+    if own:
+        blobs[rank_blob(rank)] = _json(own)
+    return Taken(local, values, blobs)
 
 
 def chunks_of(local: LocalState, assignment: Sequence[Assigned]) -> list[Chunk]:

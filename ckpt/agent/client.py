@@ -162,12 +162,13 @@ def failure(answer: Message) -> CheckpointError:
     return error
 
 
-def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = ()) -> str:
+def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_open: Sequence[int] = ()) -> str:
     """Start an agent on this node in a session of its own. Returns its address.
 
     Args:
         module: its main program, which calls ckpt.agent.main.serve.
         arguments: what it gets behind those of ckpt.agent.main.add_arguments.
+        keep_open: file descriptors that it inherits under the same numbers.
 
     Raises:
         SaveFailedError: it did not start in time.
@@ -183,7 +184,7 @@ def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = ()) -> st
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                pass_fds=[other_end],
+                pass_fds=[other_end, *keep_open],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
         os.close(other_end)

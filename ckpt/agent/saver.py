@@ -19,9 +19,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ckpt import collector
-from ckpt.agent.client import AgentClient, Launcher, Slot, failure, launch
+from ckpt.agent.client import AgentClient, Launcher, Slot, launch
 from ckpt.agent.server import describe
-from ckpt.agent.wire import Message
+from ckpt.agent.wire import Message, failure
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation
 from ckpt.events.log import seconds_text, size_text
@@ -206,6 +206,11 @@ class AsyncSaver:
         """Wait until nothing of this process is still being copied, so that its tensors may be changed in any way."""
         self._before_step()
 
+    def forget(self, pending: PendingSave) -> None:
+        """Whoever follows a save has heard that it failed: the next one need not raise that again."""
+        if self._last is pending:
+            self._last = None
+
     def close(self) -> None:
         """Leave the agent, which writes what is left and ends."""
         self.settle()
@@ -247,7 +252,7 @@ class AsyncSaver:
         def then(error: BaseException | None) -> None:
             try:
                 if error is None:
-                    client.captured(attempt, slot, table)
+                    client.captured(attempt, slot, table, pending.path, pending.step)
                 else:
                     client.abandon(attempt, slot, error)
             except CheckpointError as lost:

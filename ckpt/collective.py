@@ -76,6 +76,16 @@ class Collective:
             dist.gather(mine, everyone, group=self._group, group_dst=0)
         return [self._bytes(tensor, size) for tensor, size in zip(everyone, sizes, strict=True)]
 
+    def share(self, payload: bytes) -> list[bytes]:
+        """Every rank's payload in rank order, everywhere; all have the same length."""
+        if self.world_size == 1:
+            return [payload]
+        mine = self._tensor(payload, len(payload))
+        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
+        with self._together():
+            dist.all_gather(everyone, mine, group=self._group)
+        return [self._bytes(tensor, len(payload)) for tensor in everyone]
+
     def scatter(self, payloads: Sequence[bytes] | None) -> bytes:
         """Rank k gets payloads[k] of rank 0, which alone gives them."""
         if self.world_size == 1 and payloads is not None:

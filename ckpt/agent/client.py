@@ -132,6 +132,10 @@ class AgentClient:
             message |= {"arena": slot.arena, "slot": slot.number}
         self._ask(message)
 
+    def release(self, slot: Slot) -> None:
+        """Give a slot back that was not filled."""
+        self._ask({"op": "abandon", "rank": self.rank, "save": "", "arena": slot.arena, "slot": slot.number})
+
     def wait(self, save: str, until: str, timeout: float) -> Message:
         """What became of a save, when it is captured by all ranks or over, or the time is up.
 

@@ -7,33 +7,41 @@ when every rank has captured, the save completes although all trainers die.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import threading
 import time
-import weakref
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ckpt import collector
-from ckpt.agent.client import AgentClient, Launcher, Slot, launch
+from ckpt.agent.client import AgentClient, Launcher, Slot, failure, launch
+from ckpt.agent.fence import Fence
 from ckpt.agent.server import describe
-from ckpt.agent.wire import Message, failure
+from ckpt.agent.wire import Message
+from ckpt.agent.worker import Worker
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation
 from ckpt.events.log import seconds_text, size_text
-from ckpt.saving.capture import Capture, Laid, lay_files
-from ckpt.saving.save import Attempt, Saver, SaveResult
-from ckpt.state.dtensor import local_tensor
-from ckpt.state.entries import entries_of
+from ckpt.provenance import provenance
+from ckpt.saving.capture import Capture, Laid
+from ckpt.saving.recurring import NEW, ORIGIN, Greeting, Recurring, place_digest, signature, values_digest
+from ckpt.saving.save import PLANS, Attempt, Saver, SaveResult
+from ckpt.storage.compressing import Readable
+from ckpt.storage.publish import Folder, is_committed, prepare_folder
+from ckpt_formats.digest import DIGEST_SIZE
 from ckpt_formats.errors import CheckpointError, SaveFailedError
 from ckpt_formats.native import names
 
 SLOT_TIMEOUT = 600.0
 """Seconds that a save waits for an earlier one to be written before it fails."""
+CLOSE = 10.0
+"""Seconds for which a process that ends waits until what it has captured is written, to say so in the log."""
 SAID = 1.0
 """Seconds of waiting after which it is said that a save waits."""
 
@@ -52,6 +60,8 @@ class PendingSave:
         handed: set when this rank's part was handed to the agent, or given up.
         phases: seconds of this rank in each phase of the call.
         blocked: seconds for which the call that began it did not return.
+        failure: why it failed, as far as this process knows; see `over`.
+        trusted: whether somebody has waited until it was captured, and may have changed the state since.
     """
 
     def __init__(self, client: AgentClient, attempt: str, path: str, step: int | None) -> None:
@@ -61,6 +71,8 @@ class PendingSave:
         self.blocked = 0.0
         self.phases: Mapping[str, float] = {}
         self.handed = threading.Event()
+        self.failure: BaseException | None = None
+        self.trusted = False
         self._client = client
         self._lock = threading.Lock()
         self._end: Message | None = None
@@ -97,6 +109,18 @@ class PendingSave:
             return True
         return self._end is not None
 
+    @property
+    def over(self) -> bool:
+        """Whether it is over, as far as this process knows. Asks nobody."""
+        return self._end is not None or self.failure is not None
+
+    def watch(self) -> None:
+        """Wait until it is over, so that this process knows; raises nothing."""
+        try:
+            self._ask("committed", SLOT_TIMEOUT)
+        except CheckpointError as error:
+            self.failure = error
+
     def _status(self, until: str, timeout: float) -> Message:
         begin = time.monotonic()
         if not self.handed.wait(timeout):
@@ -108,6 +132,7 @@ class PendingSave:
                 f"{self.path}: not {until} within {timeout} s; ranks that have not captured yet: {ranks}",
                 path=self.path,
             )
+        self.trusted = True
         return status
 
     def _ask(self, until: str, timeout: float) -> Message:
@@ -121,7 +146,8 @@ class PendingSave:
                 if first and self._client.rank == 0 and status.get("committed"):
                     log.info("%s", self._summary(status))
         if status.get("error"):
-            raise failure(status)
+            self.failure = failure(status)
+            raise self.failure
         return status
 
     def _summary(self, end: Message) -> str:
@@ -140,14 +166,21 @@ class AsyncSaver:
     writes what is left, and ends.
     """
 
-    def __init__(self, saver: Saver | None = None, *, launcher: Launcher = launch) -> None:
-        """`launcher` starts an agent on this node and returns its address."""
+    def __init__(self, saver: Saver | None = None, launcher: Launcher = launch) -> None:
+        """`launcher` starts an agent on this node and returns its address; by default a process of its own."""
         self._saver = saver or Saver()
         self._launcher = launcher
         self._client: AgentClient | None = None
-        self._last: PendingSave | None = None
-        self._fenced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._captures: list[tuple[Capture, Operation]] = []
+        self._known: list[tuple[ProcessGroup | None, Recurring]] = []
+        """What is known of the states that were saved, the last one first."""
+        self._spare: Slot | None = None
+        """A slot for the next save, so that it need not ask."""
+        self._worker = Worker("ckpt-capture")
+        self._watcher = Worker("ckpt-watch")
+        self._unheard: list[PendingSave] = []
+        """On rank 0: saves whose outcome was not asked for by a later one."""
+        self._captures: list[tuple[Capture, PendingSave, Operation]] = []
+        self._fence = Fence(self.settle)
 
     def start(self, group: Collective) -> AgentClient:
         """Make sure that this node has an agent. Collective."""
@@ -173,100 +206,174 @@ class AsyncSaver:
         with collector.paused():
             slot: Slot | None = None
             try:
-                attempt.take(state)
-                planned = attempt.plan(self._earlier_failure() if group.rank == 0 else None)
+                begun = self._agree(client, group, attempt, process_group, state)
             except BaseException as error:
                 attempt.discard()
                 operation.end(error)
                 raise
+            pending = PendingSave(client, begun.attempt, attempt.path, attempt.step)
             try:
-                if planned.plan is not None and attempt.folder is not None:  # on rank 0
-                    contents = describe(attempt.contents(planned.plan))
-                    client.begin(planned.attempt, attempt.folder, group.world_size, contents)
-                # no rank may hand over its part before rank 0 has opened the save
-                group.agree(planned.failure)
-                files, nbytes = lay_files(planned.chunks)
+                form = begun.known.form
                 with operation.waiting("room in the arena"):
-                    slot = self._slot(client, nbytes, attempt.path)
-                owned = self._fence(state) if capture == "lazy" else frozenset()
-                pending = PendingSave(client, planned.attempt, attempt.path, attempt.step)
+                    slot = self._slot(client, form.nbytes, attempt.path)
                 with operation.phase("capture") as phase:
-                    phase.bytes = operation.bytes = nbytes
-                    self._capture(client, files, slot, pending, owned, operation)
+                    phase.bytes = operation.bytes = form.nbytes
+                    rooms = form.rooms(slot.view, slot.arena, slot.number)
+                    work = Capture(form, begun.sources, slot.view, rooms, operation.phase("lazy capture"))
+                    work.begin(self._fence.around(state, pending) if capture == "lazy" else _nothing)
             except BaseException as error:
                 operation.end(error)
-                client.abandon(planned.attempt, slot, error)
+                _tell(begun, error)
+                client.abandon(begun.attempt, slot, error)
                 raise
-        self._last = pending
+        self._captures = [earlier for earlier in self._captures if not earlier[0].copied]
+        self._captures.append((work, pending, operation))
+        self._worker.do(partial(self._finish, client, begun, work, slot, pending, operation))
+        if group.rank == 0:
+            self._unheard.append(pending)
         pending.phases = operation.seconds
         pending.blocked = time.perf_counter() - begin
         return pending
 
     def settle(self) -> None:
         """Wait until nothing of this process is still being copied, so that its tensors may be changed in any way."""
-        self._before_step()
+        for work, _, operation in self._captures:
+            if not work.copied:
+                with operation.waiting("the lazy capture"):
+                    work.wait(SLOT_TIMEOUT)
+        self._captures = []
 
     def forget(self, pending: PendingSave) -> None:
         """Whoever follows a save has heard that it failed: the next one need not raise that again."""
-        if self._last is pending:
-            self._last = None
+        if pending in self._unheard:
+            self._unheard.remove(pending)
 
     def close(self) -> None:
-        """Leave the agent, which writes what is left and ends."""
+        """Leave the agent, which writes what is left and ends. Waits for captures, and shortly for what is written."""
         self.settle()
+        self._worker.close(SLOT_TIMEOUT)
         if self._client is not None:
             self._client.close()
             self._client = None
-        self._last = None
+        self._watcher.close(CLOSE)
+        self._unheard = []
+        self._spare = None
+        self._known = []
 
-    def _earlier_failure(self) -> BaseException | None:
-        """Why the save before this one failed, if it did and nobody has asked: a failure must not pass in silence."""
-        last, self._last = self._last, None
-        if last is None:
-            return None
-        try:
-            last._ask("committed", 0.0)
-        except CheckpointError as error:
-            return error
-        return None
-
-    def _capture(
+    def _agree(
         self,
         client: AgentClient,
-        files: list[Laid],
-        slot: Slot,
-        pending: PendingSave,
-        owned: frozenset[int],
-        operation: Operation,
+        group: Collective,
+        attempt: Attempt,
+        process_group: ProcessGroup | None,
+        state: Mapping[str, object],
+    ) -> _Begun:
+        """Agree with the other ranks on what is saved, by a few bytes if that is what was saved before. Collective."""
+        taken = attempt.take(state)
+        failure = self._fence.problem() or (self._earlier_failure() if group.rank == 0 else None)
+        known: Recurring | None = None
+        with attempt.operation.phase("plan"):
+            if taken is not None and failure is None and not (group.rank == 0 and is_committed(attempt.path)):
+                marks = signature(taken)
+                known = next((k for of, k in self._known if of is process_group and k.fits(marks)), None)
+            greeting = Greeting(
+                origin=NEW if known is None else known.origin,
+                attempt=secrets.token_bytes(ORIGIN),
+                place=place_digest(attempt.path, attempt.step),
+                values=bytes(DIGEST_SIZE) if taken is None else values_digest(taken),
+            )
+            greetings = [Greeting.decode(data) for data in group.share(b"".join(greeting))]
+            if taken is not None and known is not None and known.agreed(greetings, taken):
+                number = greetings[0].attempt.hex()
+                self._remember(process_group, known)
+                open_save = None
+                if known.contents is not None:
+                    described = {**known.contents, "step": attempt.step}
+                    open_save = partial(self._open, client, number, attempt.path, group.world_size, described)
+                return _Begun(number, known, known.sources(taken), open_save)
+        planned = attempt.plan(failure)
+        if taken is None:
+            raise AssertionError("a rank that could not take its state apart has failed")
+        contents: Message | None = None
+        unopened: BaseException | None = None
+        try:
+            if planned.plan is not None and attempt.folder is not None:  # on rank 0
+                contents = describe(attempt.contents(planned.plan))
+                client.begin(planned.attempt, attempt.folder, group.world_size, contents)
+            known = Recurring(taken, planned, greetings, contents)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+            unopened = error
+        try:
+            # no rank may hand over its part before rank 0 has opened the save
+            group.agree(planned.failure or unopened)
+        except BaseException as error:
+            client.abandon(planned.attempt, None, error)
+            raise
+        if known is None:
+            raise AssertionError("a rank that could not open its part of the save has failed")
+        self._remember(process_group, known)
+        return _Begun(planned.attempt, known, known.sources(taken), None)
+
+    def _remember(self, process_group: ProcessGroup | None, known: Recurring) -> None:
+        others = [(of, other) for of, other in self._known if other is not known]
+        self._known = [(process_group, known), *others[: PLANS - 1]]
+
+    def _open(self, client: AgentClient, number: str, path: str, world_size: int, contents: Message) -> None:
+        """Make the folder and open the save: on rank 0, in the background."""
+        contents["provenance"] = provenance()
+        folder = Folder(path, ())
+        try:
+            folder = prepare_folder(self._saver.files, path)
+        finally:
+            client.begin(number, folder, world_size, contents)
+
+    def _earlier_failure(self) -> BaseException | None:
+        """Why an earlier save failed, if one did that nobody was told of here: it must not pass in silence."""
+        for pending in list(self._unheard):
+            if pending.over:
+                self._unheard.remove(pending)
+                if pending.failure is not None:
+                    return pending.failure
+        return None
+
+    def _finish(
+        self, client: AgentClient, begun: _Begun, work: Capture, slot: Slot, pending: PendingSave, operation: Operation
     ) -> None:
-        """Begin to copy into the slot; whoever ends it hands the slot to the agent."""
-        attempt = pending.attempt
-        capture = Capture(
-            files,
-            slot.view,
-            lambda tensor: tensor.untyped_storage().data_ptr() in owned,
-            operation.phase("lazy capture"),
-        )
-        table = _table(files, attempt, client.rank)
-
-        def then(error: BaseException | None) -> None:
-            try:
-                if error is None:
-                    client.captured(attempt, slot, table, pending.path, pending.step)
-                else:
-                    client.abandon(attempt, slot, error)
-            except CheckpointError as lost:
-                log.warning("%s: %s", pending.path, lost)
-            finally:
-                operation.end(error)
-                pending.handed.set()
-
-        self._captures = [earlier for earlier in self._captures if not earlier[0].copied]
-        self._captures.append((capture, operation))
-        capture.start(then)
+        """Copy the rest and hand the slot to the agent; on the worker's thread."""
+        failure: BaseException | None = None
+        try:
+            work.finish()
+        except Exception as error:  # noqa: BLE001 - it is told to whoever waits
+            failure = error
+        failure = _tell(begun, failure)
+        try:
+            if failure is None:
+                client.captured(begun.attempt, slot, _table(begun.known.form.files, begun.attempt, client.rank))
+            else:
+                client.abandon(begun.attempt, slot, failure)
+        except CheckpointError as lost:
+            log.warning("%s: %s", pending.path, lost)
+            failure = failure or lost
+        operation.end(failure)
+        pending.handed.set()
+        if client.rank == 0:
+            self._watcher.do(pending.watch)
+        if self._spare is None:
+            with contextlib.suppress(CheckpointError):
+                self._spare = client.slot(begun.known.form.nbytes, 0.0)
 
     def _slot(self, client: AgentClient, nbytes: int, folder: str) -> Slot:
-        slot = client.slot(nbytes, SAID)
+        slot, self._spare = self._spare, None
+        if slot is not None:
+            if len(slot.view) >= nbytes:
+                return slot
+            client.release(slot)
+        slot = client.slot(nbytes, 0.0)
+        if slot is None:
+            # what is captured, but not handed to the agent yet, would never be written while this waits
+            for _, pending, _ in self._captures:
+                pending.handed.wait(SLOT_TIMEOUT)
+            slot = client.slot(nbytes, SAID)
         if slot is None:
             begin = time.monotonic()
             log.warning("%s: waits for earlier saves to be written: the arena is full", folder)
@@ -280,41 +387,33 @@ class AsyncSaver:
             log.warning("%s: waited %.1f s for the arena", folder, time.monotonic() - begin)
         return slot
 
-    def _fence(self, state: Mapping[str, object]) -> frozenset[int]:
-        """Make the optimizers wait for captures before they step; returns the addresses of the storages that they
-        own.
-        """
-        owned: set[int] = set()
-        for entry in entries_of(state):
-            optimizer = entry.value
-            if entry.kind != "optimizer" or not isinstance(optimizer, torch.optim.Optimizer):
-                continue
-            if optimizer not in self._fenced:
-                self._fenced.add(optimizer)
-                optimizer.register_step_pre_hook(self._before_step)
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    owned.add(_address(parameter))
-                    slots = optimizer.state.get(parameter)
-                    for value in (slots or {}).values():
-                        if isinstance(value, torch.Tensor):
-                            owned.add(_address(value))
-        return frozenset(owned)
 
-    def _before_step(self, *_: object) -> None:
-        for capture, operation in self._captures:
-            if not capture.copied:
-                with operation.waiting("the lazy capture"):
-                    capture.wait(SLOT_TIMEOUT)
-        self._captures = []
+class _Begun(NamedTuple):
+    """A save that all ranks have agreed on."""
+
+    attempt: str
+    known: Recurring
+    sources: Sequence[Readable]
+    open: Callable[[], None] | None
+    """Opens it at the agent, where this is rank 0 and that was not done yet."""
 
 
-def _address(tensor: torch.Tensor) -> int:
-    local = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
-    return int(local.untyped_storage().data_ptr())
+def _tell(begun: _Begun, failure: BaseException | None) -> BaseException | None:
+    """Open a save that is not open yet. Returns why the save fails, if it does."""
+    if begun.open is not None:
+        try:
+            begun.open()
+        except Exception as error:  # noqa: BLE001 - it is told to whoever waits
+            return failure or error
+    return failure
 
 
-def _table(files: list[Laid], attempt: str, rank: int) -> list[Any]:
+def _nothing(_: torch.Tensor) -> bool:
+    """What may be copied lazily when all is copied eagerly."""
+    return False
+
+
+def _table(files: Sequence[Laid], attempt: str, rank: int) -> list[Any]:
     """What lies in a slot, for the agent."""
     table = []
     for number, laid in enumerate(files):

@@ -2,21 +2,22 @@
 
 The slot gets the data files as they will be on disk, header and padding included. What only an optimizer changes is
 copied by a thread under the next forward and backward pass, in few large batches (DataStates-LLM, HPDC'24, calls this
-lazy); everything else before `start` returns. Whoever changes those tensors meanwhile is found out by their version
-counters, and the capture fails rather than mix two steps. Knows no agent: it is given memory.
+lazy); everything else before the training goes on. Whoever changes those tensors meanwhile is found out by their
+version counters, and the capture fails rather than mix two steps. Knows no agent: it is given memory.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 
 from ckpt.saving.commit import split_files
-from ckpt.saving.sources import TensorSource
+from ckpt.saving.sources import BytesSource, TensorSource
+from ckpt.storage.compressing import Readable
 from ckpt.storage.data_file import Chunk, layout_of
 from ckpt.storage.files import ALIGNMENT
 from ckpt_formats.errors import SaveFailedError
@@ -34,6 +35,9 @@ _COPIED = frozenset(
 )
 """Dtypes that torch copies many at a time; others go one by one."""
 
+_Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+"""Rooms in a slot, and what is copied there."""
+
 
 class Laid(NamedTuple):
     """A file as it will lie in a slot."""
@@ -44,63 +48,129 @@ class Laid(NamedTuple):
     """Where the file begins in the slot: at a page."""
 
 
-def lay_files(chunks: Sequence[Chunk]) -> tuple[list[Laid], int]:
-    """Where everything goes, and the bytes that it takes."""
-    files = []
-    at = 0
-    for some in split_files(chunks):
-        layout = layout_of(some)
-        files.append(Laid(some, layout, at))
-        at += -(-layout.size // ALIGNMENT) * ALIGNMENT
-    return files, at
+class Form:
+    """Where everything that a rank writes will lie. It holds for every save of a state whose form stays the same.
+
+    Attributes:
+        files: one after the other; their chunks have no sources.
+        nbytes: what they take in a slot.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self.files: list[Laid] = []
+        at = 0
+        # what is kept must not keep tensors alive
+        bare = [chunk._replace(source=BytesSource(b"")) for chunk in chunks]
+        for some in split_files(bare):
+            layout = layout_of(some)
+            self.files.append(Laid(some, layout, at))
+            at += -(-layout.size // ALIGNMENT) * ALIGNMENT
+        self.nbytes = at
+        self._arena: object = None
+        self._rooms: dict[int, list[torch.Tensor | None]] = {}
+        self._dtypes = [_copied_as(chunk) for chunk in chunks]
+
+    def rooms(self, memory: memoryview, arena: object, start: int) -> list[torch.Tensor | None]:
+        """For each chunk a tensor over its place in a slot, which is `start` in an arena; None for a chunk that is not
+        copied as a tensor.
+
+        They are kept, for making them costs as much as all the rest of a save.
+        """
+        if arena != self._arena:
+            self._arena = arena
+            self._rooms = {}
+        if start not in self._rooms:
+            self._rooms[start] = self._make_rooms(memory)
+        return self._rooms[start]
+
+    def _make_rooms(self, memory: memoryview) -> list[torch.Tensor | None]:
+        rooms: list[torch.Tensor | None] = []
+        for (chunk, at), dtype in zip(self.places(), self._dtypes, strict=True):
+            if dtype is None:
+                rooms.append(None)
+                continue
+            flat = torch.frombuffer(memory, dtype=dtype, count=chunk.box.numel, offset=at)
+            rooms.append(flat.view(chunk.box.sizes))
+        return rooms
+
+    def places(self) -> Iterator[tuple[Chunk, int]]:
+        """Every chunk, and where in the slot it begins."""
+        for laid in self.files:
+            for chunk, start in zip(laid.chunks, laid.layout.starts, strict=True):
+                yield chunk, laid.at + start
+
+
+def _copied_as(chunk: Chunk) -> torch.dtype | None:
+    """The dtype of a chunk that is copied together with others; None for one that its source has to read."""
+    source = chunk.source
+    if not isinstance(source, TensorSource) or source.tensor.dtype not in _COPIED or not chunk.nbytes:
+        return None
+    return source.tensor.dtype
 
 
 class Capture:
-    """One rank's part of one save on its way into a slot.
+    """One rank's part of one save on its way into a slot: `begin` where the training waits, then `finish` in a thread.
 
-    Attributes:
-        files: where everything lies.
-
-    What is copied lazily is copied within the context `later`.
+    What is copied lazily is copied within the context `during`.
     """
 
     def __init__(
         self,
-        files: Sequence[Laid],
-        slot: memoryview,
-        lazily: Callable[[torch.Tensor], bool],
-        later: AbstractContextManager[object],
+        form: Form,
+        sources: Sequence[Readable],
+        memory: memoryview,
+        rooms: Sequence[torch.Tensor | None],
+        during: AbstractContextManager[object],
     ) -> None:
-        self.files = files
-        self._slot = slot
-        self._later: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._lazily = lazily
-        self._during = later
+        """Args: `sources`: of each chunk of the form; `rooms`: of the form, in `memory`, the slot."""
+        self._form = form
+        self._sources = sources
+        self._memory = memory
+        self._rooms = rooms
+        self._during = during
+        self._later: _Pairs = []
+        self._versions: list[int] = []
         self._copied = threading.Event()
 
-    def start(self, then: Callable[[BaseException | None], None]) -> None:
-        """Copy what must be copied now, and the rest in a thread; `then` is called at the end, with the error if it
-        failed.
-        """
-        now: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for laid in self.files:
-            self._frame(laid)
-            for chunk, start in zip(laid.chunks, laid.layout.starts, strict=True):
-                at = laid.at + start
-                source = chunk.source
-                nbytes = chunk.nbytes
-                if not isinstance(source, TensorSource) or source.tensor.dtype not in _COPIED or not nbytes:
-                    source.read(0, nbytes, self._slot[at : at + nbytes])
-                    continue
-                tensor = source.tensor
-                room = torch.frombuffer(self._slot, dtype=tensor.dtype, count=tensor.numel(), offset=at)
-                (self._later if self._lazily(tensor) else now).append((room.view(tensor.shape), tensor))
+    def begin(self, lazily: Callable[[torch.Tensor], bool]) -> None:
+        """Copy everything but the tensors that may be copied `lazily`."""
+        now: _Pairs = []
+        others = []
+        for position, (source, room) in enumerate(zip(self._sources, self._rooms, strict=True)):
+            if room is None or not isinstance(source, TensorSource):
+                others.append(position)
+            elif lazily(source.tensor):
+                self._later.append((room, source.tensor))
+            else:
+                now.append((room, source.tensor))
+        self._versions = [source._version for _, source in self._later]
+        if others:
+            places = list(self._form.places())
+            for position in others:
+                chunk, at = places[position]
+                self._sources[position].read(0, chunk.nbytes, self._memory[at : at + chunk.nbytes])
         _copy(now)
         if not self._later:
-            self._end(then, None)
-            return
-        versions = [source._version for _, source in self._later]
-        threading.Thread(target=self._copy_later, args=(versions, then), name="ckpt-capture", daemon=True).start()
+            self._copied.set()
+
+    def finish(self) -> None:
+        """Copy the rest, and what lies between the chunks.
+
+        Raises SaveFailedError if a tensor was changed meanwhile.
+        """
+        try:
+            if self._later:
+                with self._during:
+                    _copy(self._later)
+                self._require_unchanged()
+        finally:
+            self._copied.set()
+        for laid in self._form.files:
+            self._frame(laid)
+
+    def give_up(self) -> None:
+        """Nobody shall wait for it any more."""
+        self._copied.set()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until everything is copied. Raises SaveFailedError after `timeout` seconds."""
@@ -112,41 +182,29 @@ class Capture:
         """Whether everything is copied, or the capture has failed."""
         return self._copied.is_set()
 
+    def _require_unchanged(self) -> None:
+        for (_, source), version in zip(self._later, self._versions, strict=True):
+            if source._version != version:
+                raise SaveFailedError(
+                    f"a tensor of shape {list(source.shape)} was changed while it was captured, by something other "
+                    "than its optimizer's step; wait for pending.captured() before changing it, or pass "
+                    'capture="eager"'
+                )
+
     def _frame(self, laid: Laid) -> None:
         """Write the header, and zeros between the chunks: the slot may hold another file's bytes."""
         at = laid.at
         header = laid.layout.header
-        self._slot[at : at + len(header)] = header
+        self._memory[at : at + len(header)] = header
         end = len(header)
         for chunk, start in zip(laid.chunks, laid.layout.starts, strict=True):
             if start > end:
-                self._slot[at + end : at + start] = bytes(start - end)
+                self._memory[at + end : at + start] = bytes(start - end)
             end = start + chunk.nbytes
-
-    def _copy_later(self, versions: Sequence[int], then: Callable[[BaseException | None], None]) -> None:
-        error: BaseException | None = None
-        try:
-            with self._during:
-                _copy(self._later)
-            for (_, source), version in zip(self._later, versions, strict=True):
-                if source._version != version:
-                    raise SaveFailedError(
-                        f"a tensor of shape {list(source.shape)} was changed while it was captured, by something other "
-                        "than its optimizer's step; wait for pending.captured() before changing it, or pass "
-                        'capture="eager"'
-                    )
-        except Exception as failure:  # noqa: BLE001 - it is told to whoever waits
-            error = failure
-        self._end(then, error)
-
-    def _end(self, then: Callable[[BaseException | None], None], error: BaseException | None) -> None:
-        self._later = []
-        self._copied.set()
-        then(error)
 
 
 @torch.no_grad()
-def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _copy(pairs: _Pairs) -> None:
     """Copy pairs (room, source), batches of BATCH bytes by one call each: a call per tensor would slow the main
     thread.
     """

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation, Phase
@@ -25,7 +27,7 @@ from ckpt.saving.commit import Contents, Part, commit, split_files
 from ckpt.saving.plan import Assigned, Plan, decode_assignment, describe, encode_assignment, make_plan, merge_entries
 from ckpt.saving.sources import BytesSource, TensorSource
 from ckpt.saving.values import merge_values
-from ckpt.state import LocalState, flatten
+from ckpt.state import LocalState, Piece, flatten
 from ckpt.state.references import encode_leaf
 from ckpt.state.torch_dtypes import dtype_of
 from ckpt.storage.data_file import Chunk, Staging, write_data_file
@@ -43,6 +45,8 @@ PLANS = 4
 """Plans that are kept for the next save: more than one, for states that are saved in turns."""
 
 _UINT8 = dtype_named("uint8")
+_ROUND = 256
+"""Per-rank values take a multiple of so many bytes, filled up with spaces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,10 @@ class Planned(NamedTuple):
 
     attempt: str
     chunks: Sequence[Chunk]
+    assignment: Sequence[Assigned]
+    """What the chunks are of, but for the last ones, which are `blobs`."""
+    blobs: Sequence[str]
+    """Names of what this rank writes of what was taken as blobs."""
     plan: Plan | None
     """On rank 0 only."""
     failure: Exception | None
@@ -206,10 +214,11 @@ class Attempt:
             chunks = chunks_of(taken.local, known.assignment)
         except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
             unreadable = error
-        for name, data in taken.blobs.items():
-            if opened["blobs"][name] == self._group.rank:
-                chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
-        return Planned(opened["attempt"], chunks, known.plan, unreadable)
+        blobs = [name for name in taken.blobs if opened["blobs"][name] == self._group.rank]
+        for name in blobs:
+            data = taken.blobs[name]
+            chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
+        return Planned(opened["attempt"], chunks, known.assignment, blobs, known.plan, unreadable)
 
     def discard(self) -> None:
         """On rank 0, remove what the attempt has left behind."""
@@ -341,7 +350,9 @@ def _take(state: Mapping[str, object], rank: int) -> Taken:
     values = {path: encode(value, path, blob=keep, leaf=encode_leaf) for path, value in local.values.items()}
     own = {path: encode(value, path, leaf=encode_leaf) for path, value in local.per_rank.items()}
     if own:
-        blobs[rank_blob(rank)] = _json(own)
+        text = _json(own)
+        # numbers of a digit more or less shall not change the form of the checkpoint
+        blobs[rank_blob(rank)] = text + b" " * (-len(text) % _ROUND)
     return Taken(local, values, blobs)
 
 
@@ -351,12 +362,14 @@ def chunks_of(local: LocalState, assignment: Sequence[Assigned]) -> list[Chunk]:
     chunks = []
     for position, number, box in assignment:
         tensor = tensors[position]
-        piece = tensor.pieces[number]
-        view = piece.view
-        if box != piece.box:
-            view = view[box.relative_to(piece.box.offsets).slices()]
+        view = view_of(tensor.pieces[number], box)
         chunks.append(Chunk(tensor.name, dtype_of(tensor.dtype), tensor.shape, box, TensorSource(view)))
     return chunks
+
+
+def view_of(piece: Piece, box: Box) -> torch.Tensor:
+    """The live memory of a box within a piece."""
+    return piece.view if box == piece.box else piece.view[box.relative_to(piece.box.offsets).slices()]
 
 
 def _step(step: object) -> int:

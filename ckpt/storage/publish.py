@@ -34,12 +34,17 @@ class Folder:
 
 def require_free(path: str) -> None:
     """Raise CheckpointExistsError if a committed checkpoint lies at the path."""
-    if os.path.lexists(os.path.join(path, names.MANIFEST)):
+    if is_committed(path):
         raise CheckpointExistsError(
             f"{path} holds a committed checkpoint already, and checkpoints are never overwritten; "
             "save to another path, or remove that one first",
             path=path,
         )
+
+
+def is_committed(path: str) -> bool:
+    """Whether a checkpoint, whole or damaged, lies at the path."""
+    return os.path.lexists(os.path.join(path, names.MANIFEST))
 
 
 def prepare_folder(files: Files, path: str) -> Folder:

@@ -53,14 +53,15 @@ class AgentClient:
 
     Attributes:
         address: of the agent's socket.
-        node: the node's name.
+        nodes: for each rank, the name of its node.
         pid: the agent's process.
     """
 
-    def __init__(self, address: str, rank: int, node: str = "") -> None:
+    def __init__(self, address: str, rank: int, nodes: Sequence[str] = ("",)) -> None:
         self.address = address
         self.rank = rank
-        self.node = node
+        self.nodes = nodes
+        node = nodes[rank] if len(set(nodes)) > 1 else ""
         self._name = f"the agent of node {node}, which rank {rank} saves through," if node else "the agent"
         self._arena: MappedArena | None = None
         self._channel = Channel.connect(address, ANSWER, self._name)
@@ -97,7 +98,7 @@ class AgentClient:
         try:
             try:
                 if first:
-                    client = cls(launcher(), group.rank, node)
+                    client = cls(launcher(), group.rank, nodes)
                     mine = {"address": client.address}
                     if several and group.rank == 0:
                         crew = {"node": node, "nodes": nodes, "secret": secret, "loopback": plan["one_machine"]}
@@ -107,7 +108,7 @@ class AgentClient:
             where = json.loads(group.exchange(json.dumps(mine).encode(), problem, _joined))
             try:
                 if client is None:
-                    client = cls(where[nodes.index(node)]["address"], group.rank, node)
+                    client = cls(where[nodes.index(node)]["address"], group.rank, nodes)
                 elif several and group.rank:
                     leader = {"node": nodes[0], "hosts": where[0]["hosts"], "port": where[0]["port"]}
                     client._ask({"op": "follow", "node": node, "nodes": nodes, "secret": secret, "leader": leader})

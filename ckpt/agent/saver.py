@@ -7,6 +7,7 @@ when every rank has captured, the save completes although all trainers die.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from ckpt import collector
 from ckpt.agent.client import AgentClient, Launcher, Slot, launch
+from ckpt.agent.outcomes import Outcomes
 from ckpt.agent.server import describe
 from ckpt.agent.wire import Message, failure
 from ckpt.collective import Collective, ProcessGroup
@@ -29,11 +31,14 @@ from ckpt.saving.capture import Capture, Laid, lay_files
 from ckpt.saving.save import Attempt, Saver, SaveResult
 from ckpt.state.dtensor import local_tensor
 from ckpt.state.entries import entries_of
-from ckpt_formats.errors import CheckpointError, SaveFailedError
+from ckpt_formats.errors import CheckpointError, RankError, SaveFailedError
 from ckpt_formats.native import names
+from ckpt_formats.native.reader import read_root
 
 SLOT_TIMEOUT = 600.0
 """Seconds that a save waits for an earlier one to be written before it fails."""
+LAST = 30.0
+"""Seconds that rank 0 stays, at the end, to hear what became of the last saves."""
 SAID = 1.0
 """Seconds of waiting after which it is said that a save waits."""
 
@@ -103,18 +108,40 @@ class PendingSave:
             raise SaveFailedError(f"{self.path}: this rank did not capture its part within {timeout} s", path=self.path)
         status = self._ask(until, max(0.0, timeout - (time.monotonic() - begin)))
         if not status[until]:
-            ranks = ", ".join(map(str, status["waits_for"])) or "none: the files are still being written"
-            raise SaveFailedError(
-                f"{self.path}: not {until} within {timeout} s; ranks that have not captured yet: {ranks}",
-                path=self.path,
+            captures, writes = status["waits_for"], status["writes"]
+            waits = (
+                f"ranks that have not captured yet: {', '.join(captures)}"
+                if captures
+                else f"ranks whose part is still being written: {', '.join(writes)}"
+                if writes
+                else "it is being committed"
             )
+            raise SaveFailedError(f"{self.path}: not {until} within {timeout} s; {waits}", path=self.path)
         return status
+
+    def follow(self) -> None:
+        """Wait until it is over, however long that takes. Raises as `captured`."""
+        self.handed.wait()
+        while self._end is None:
+            self._ask("committed", SLOT_TIMEOUT)
+
+    def known_end(self) -> bool:
+        """Whether it is known here that it is over. Never waits."""
+        return self._end is not None
+
+    def known_failure(self) -> CheckpointError | None:
+        """Why it failed, if it did and that is known here. Never waits."""
+        end = self._end
+        return failure(end) if end is not None and end.get("error") else None
 
     def _ask(self, until: str, timeout: float) -> Message:
         with self._lock:
             status = self._end
         if status is None:
-            status = self._client.wait(self.attempt, until, timeout)
+            try:
+                status = self._client.wait(self.attempt, until, timeout)
+            except RankError as lost:
+                status = self._without_agent(lost)
             if status.get("error") or status.get("committed"):
                 with self._lock:
                     first, self._end = self._end is None, status
@@ -123,6 +150,17 @@ class PendingSave:
         if status.get("error"):
             raise failure(status)
         return status
+
+    def _without_agent(self, lost: RankError) -> Message:
+        """The end of a save whose agent is gone: the disk says whether it was committed."""
+        committed: Message = {"captured": True, "committed": True, "bytes": 0, "seconds": 0.0}
+        try:
+            root = read_root(self.path)
+        except (CheckpointError, OSError):
+            root = None
+        if root is None or root.attempt != self.attempt:
+            return {"error": f"{self.path}: {lost}", "kind": "RankError"}
+        return committed | {"bytes": sum(file.size for file in root.files)}
 
     def _summary(self, end: Message) -> str:
         """A line for the log: the agent, which knows more, has no terminal."""
@@ -145,15 +183,28 @@ class AsyncSaver:
         self._saver = saver or Saver()
         self._launcher = launcher
         self._client: AgentClient | None = None
-        self._last: PendingSave | None = None
+        self._outcomes = Outcomes()
         self._fenced: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._captures: list[tuple[Capture, Operation]] = []
 
     def start(self, group: Collective) -> AgentClient:
-        """Make sure that this node has an agent. Collective."""
+        """Make sure that every node has an agent. Collective."""
         if self._client is None:
             self._client = AgentClient.join(group, self._launcher)
         return self._client
+
+    def _start_anew(self, group: Collective) -> AgentClient:
+        """Some agent is lost: start new ones on all nodes; the old ones end when they have written what they can.
+        Collective.
+        """
+        if group.rank == 0:
+            log.warning("an agent was lost, so new ones are started; what is not committed yet may fail")
+        if self._client is not None:
+            # what is captured is still handed to the old ones
+            self.settle()
+            self._client.close()
+            self._client = None
+        return self.start(group)
 
     def save(
         self,
@@ -168,23 +219,35 @@ class AsyncSaver:
         begin = time.perf_counter()
         group = Collective(process_group)
         client = self.start(group)
-        attempt = Attempt(self._saver, group, path, step, "capture")
+        attempt = Attempt(self._saver, group, path, step, "capture", client.nodes)
         operation = attempt.operation
         with collector.paused():
             slot: Slot | None = None
             try:
                 attempt.take(state)
-                planned = attempt.plan(self._earlier_failure() if group.rank == 0 else None)
+                planned = attempt.plan(self._outcomes.failure(), question=not client.alive())
+                if planned.answer:
+                    client = self._start_anew(group)
             except BaseException as error:
                 attempt.discard()
                 operation.end(error)
                 raise
             try:
+                problem: Exception | None = planned.failure
                 if planned.plan is not None and attempt.folder is not None:  # on rank 0
-                    contents = describe(attempt.contents(planned.plan))
-                    client.begin(planned.attempt, attempt.folder, group.world_size, contents)
+                    try:
+                        contents = describe(attempt.contents(planned.plan))
+                        client.begin(
+                            planned.attempt,
+                            attempt.folder,
+                            group.world_size,
+                            contents,
+                            node_local=attempt.node_local,
+                        )
+                    except CheckpointError as error:
+                        problem = problem or error
                 # no rank may hand over its part before rank 0 has opened the save
-                group.agree(planned.failure)
+                group.agree(problem)
                 files, nbytes = lay_files(planned.chunks)
                 with operation.waiting("room in the arena"):
                     slot = self._slot(client, nbytes, attempt.path)
@@ -195,9 +258,11 @@ class AsyncSaver:
                     self._capture(client, files, slot, pending, owned, operation)
             except BaseException as error:
                 operation.end(error)
-                client.abandon(planned.attempt, slot, error)
+                with contextlib.suppress(CheckpointError):
+                    client.abandon(planned.attempt, slot, error)
                 raise
-        self._last = pending
+        if group.rank == 0:
+            self._outcomes.add(pending)
         pending.phases = operation.seconds
         pending.blocked = time.perf_counter() - begin
         return pending
@@ -206,29 +271,25 @@ class AsyncSaver:
         """Wait until nothing of this process is still being copied, so that its tensors may be changed in any way."""
         self._before_step()
 
+    @property
+    def agent(self) -> AgentClient | None:
+        """The agent of this node; another one after the first was lost."""
+        return self._client
+
     def forget(self, pending: PendingSave) -> None:
         """Whoever follows a save has heard that it failed: the next one need not raise that again."""
-        if self._last is pending:
-            self._last = None
+        self._outcomes.forget(pending)
 
     def close(self) -> None:
-        """Leave the agent, which writes what is left and ends."""
+        """Leave the agent, which writes what is left and ends. Rank 0 first hears what becomes of it, if that does not
+        take too long.
+        """
         self.settle()
+        for late in self._outcomes.close(LAST):
+            log.warning("%s: not committed after %.0f s; the agent goes on with it", late.path, LAST)
         if self._client is not None:
             self._client.close()
             self._client = None
-        self._last = None
-
-    def _earlier_failure(self) -> BaseException | None:
-        """Why the save before this one failed, if it did and nobody has asked: a failure must not pass in silence."""
-        last, self._last = self._last, None
-        if last is None:
-            return None
-        try:
-            last._ask("committed", 0.0)
-        except CheckpointError as error:
-            return error
-        return None
 
     def _capture(
         self,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import select
 import shutil
 import socket
@@ -18,12 +20,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ckpt.agent.arena import MappedArena
-from ckpt.agent.main import SOCKET
-from ckpt.agent.wire import Channel, Message
+from ckpt.agent.wire import SOCKET, Channel, Message, failure
 from ckpt.collective import Collective
 from ckpt.storage.publish import Folder
-from ckpt_formats import errors
-from ckpt_formats.errors import CheckpointError, RankError, SaveFailedError
+from ckpt_formats.errors import ConfigurationError, SaveFailedError
 
 SLOTS = 3
 """Captures of a rank that are kept at once: one is filled, one is written, one is spare."""
@@ -49,45 +49,85 @@ class Slot(NamedTuple):
 
 
 class AgentClient:
-    """One rank's connection to the agent of its node. The agent notices when it breaks."""
+    """One rank's connection to the agent of its node. The agent notices when it breaks.
 
-    def __init__(self, address: str, rank: int) -> None:
+    Attributes:
+        address: of the agent's socket.
+        nodes: for each rank, the name of its node.
+        pid: the agent's process.
+    """
+
+    def __init__(self, address: str, rank: int, nodes: Sequence[str] = ("",)) -> None:
         self.address = address
         self.rank = rank
+        self.nodes = nodes
+        node = nodes[rank] if len(set(nodes)) > 1 else ""
+        self._name = f"the agent of node {node}, which rank {rank} saves through," if node else "the agent"
         self._arena: MappedArena | None = None
-        self._channel = Channel.connect(address, ANSWER)
+        self._channel = Channel.connect(address, ANSWER, self._name)
         self.pid = int(self._ask({"op": "hello", "rank": rank})["pid"])
+        # closed by the agent, or with it, when no further save can be begun
+        self._watch = Channel.connect(address, ANSWER, self._name)
+        self._watch.send({"op": "watch"})
 
     @classmethod
     def join(cls, group: Collective, launcher: Launcher) -> AgentClient:
-        """Start an agent on this node, once, and connect every rank to it. Collective.
+        """Start an agent on every node, make them know each other, and connect every rank to its node's. Collective.
 
         Args:
             launcher: starts an agent on this node and returns its address.
 
-        Raises:
-            SaveFailedError: it does not start, or the ranks are on several nodes, which is not supported yet.
+        Raises, on every rank:
+            SaveFailedError: an agent does not start.
+            RankError: the agents can't reach each other.
         """
-        failure: BaseException | None = None
-        mine = b""
+        problem: BaseException | None = None
+        identity = b""
         try:
-            host = f"{socket.gethostname()} {_boot()}"
-            mine = json.dumps([host, launcher() if group.rank == 0 else ""]).encode()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
-            failure = error
+            identity = json.dumps(_own_node()).encode()
+        except ConfigurationError as error:
+            problem = error
+        plan = json.loads(group.exchange(identity, problem, _name_nodes))
+        nodes: list[str] = plan["nodes"]
+        secret = plan["secret"]
+        node = nodes[group.rank]
+        several = len(set(nodes)) > 1
+        first = nodes.index(node) == group.rank
+        client: AgentClient | None = None
+        mine: Message = {}
+        try:
+            try:
+                if first:
+                    client = cls(launcher(), group.rank, nodes)
+                    mine = {"address": client.address}
+                    if several and group.rank == 0:
+                        crew = {"node": node, "nodes": nodes, "secret": secret, "loopback": plan["one_machine"]}
+                        mine |= client._ask({"op": "lead", **crew})
+            except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+                problem = error
+            where = json.loads(group.exchange(json.dumps(mine).encode(), problem, _joined))
+            try:
+                if client is None:
+                    client = cls(where[nodes.index(node)]["address"], group.rank, nodes)
+                elif several and group.rank:
+                    leader = {"node": nodes[0], "hosts": where[0]["hosts"], "port": where[0]["port"]}
+                    client._ask({"op": "follow", "node": node, "nodes": nodes, "secret": secret, "leader": leader})
+            except Exception as error:  # noqa: BLE001 - as above
+                problem = error
+            group.agree(problem)
+        except BaseException:
+            if client is not None:
+                client.close()
+            raise
+        if client is None:
+            raise AssertionError("a rank that could not connect has failed")
+        return client
 
-        def address(payloads: list[bytes]) -> bytes:
-            hosts = [json.loads(payload) for payload in payloads]
-            for rank, (host, _) in enumerate(hosts):
-                if host != hosts[0][0]:
-                    raise SaveFailedError(
-                        f"rank {rank} is on another node than rank 0; async_save works on one node for now, "
-                        "ckpt.save on any number",
-                        rank=rank,
-                    )
-            return str(hosts[0][1]).encode()
-
-        return cls(group.exchange(mine, failure, address).decode(), group.rank)
+    def alive(self) -> bool:
+        """Whether saves can be begun: neither the agent of this node nor another has been lost. Never waits."""
+        poll = select.poll()
+        poll.register(self._watch.fileno(), select.POLLIN)
+        return not poll.poll(0)
 
     def slot(self, nbytes: int, timeout: float) -> Slot | None:
         """A free slot of at least so many bytes; None if none is given back in time."""
@@ -99,8 +139,8 @@ class AgentClient:
             self._arena = MappedArena(answer["arena"], answer["slot_bytes"])
         return Slot(answer["arena"], answer["slot"], self._arena.view(answer["slot"]))
 
-    def begin(self, save: str, folder: Folder, world_size: int, contents: Message) -> None:
-        """Open a save; rank 0 does, before any rank captures."""
+    def begin(self, save: str, folder: Folder, world_size: int, contents: Message, *, node_local: bool = False) -> None:
+        """Open a save; rank 0 does, before any rank captures. With `node_local`, each node has a folder of its own."""
         self._ask(
             {
                 "op": "begin",
@@ -109,11 +149,12 @@ class AgentClient:
                 "made": list(folder.made),
                 "world_size": world_size,
                 "contents": contents,
+                "node_local": node_local,
             }
         )
 
-    def captured(self, save: str, slot: Slot, files: list[Any]) -> None:
-        """Hand a filled slot to the agent, with what lies in it."""
+    def captured(self, save: str, slot: Slot, files: list[Any], path: str, step: int | None) -> None:
+        """Hand a filled slot to the agent, with what lies in it, for the checkpoint in folder `path`."""
         self._ask(
             {
                 "op": "captured",
@@ -122,6 +163,8 @@ class AgentClient:
                 "arena": slot.arena,
                 "slot": slot.number,
                 "files": files,
+                "path": path,
+                "step": step,
             }
         )
 
@@ -134,14 +177,14 @@ class AgentClient:
 
     def release(self, slot: Slot) -> None:
         """Give a slot back that was not filled."""
-        self._ask({"op": "abandon", "rank": self.rank, "save": "", "arena": slot.arena, "slot": slot.number})
+        self._ask({"op": "release", "arena": slot.arena, "slot": slot.number})
 
     def wait(self, save: str, until: str, timeout: float) -> Message:
         """What became of a save, when it is captured by all ranks or over, or the time is up.
 
         Over a connection of its own, so that several threads can wait.
         """
-        channel = Channel.connect(self.address, ANSWER)
+        channel = Channel.connect(self.address, ANSWER, self._name)
         try:
             return channel.ask({"op": "wait", "save": save, "until": until, "timeout": timeout}, timeout + ANSWER)
         finally:
@@ -150,20 +193,13 @@ class AgentClient:
     def close(self) -> None:
         """Leave: the agent ends when all have left and everything is written."""
         self._channel.close()
+        self._watch.close()
 
     def _ask(self, message: Message, timeout: float = ANSWER) -> Message:
         answer = self._channel.ask(message, timeout)
         if "error" in answer:
             raise failure(answer)
         return answer
-
-
-def failure(answer: Message) -> CheckpointError:
-    """The error that an answer tells of."""
-    kind = answer.get("kind", "")
-    known = getattr(errors, kind, RankError) if kind in errors.__all__ else SaveFailedError
-    error: CheckpointError = known(answer["error"])
-    return error
 
 
 def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_open: Sequence[int] = ()) -> str:
@@ -210,6 +246,24 @@ def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_
     return os.path.join(home, SOCKET)
 
 
+NODE = "CKPT_NODE"
+"""The environment variable that names a node; by default its host name does."""
+_NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a node's name may be: it may be a part of paths."""
+
+
+def _own_node() -> list[str]:
+    """What tells this node from others, its name, and its machine."""
+    named = os.environ.get(NODE, "")
+    if named and not _NODE.fullmatch(named):
+        raise ConfigurationError(
+            f"the environment variable {NODE} is {named!r}, which is no name of a node: use letters, digits and . _ -"
+        )
+    host = socket.gethostname()
+    machine = f"{host} {_boot()}"
+    return [named or machine, named or re.sub(r"[^A-Za-z0-9._-]", "-", host)[:64] or "node", _boot() or host]
+
+
 def _boot() -> str:
     """What tells two nodes with the same name apart."""
     try:
@@ -217,3 +271,21 @@ def _boot() -> str:
             return stream.read().strip()
     except OSError:
         return ""
+
+
+def _name_nodes(payloads: list[bytes]) -> bytes:
+    """On rank 0: a name for each rank's node, no two alike, and a secret for their agents."""
+    given: dict[str, str] = {}
+    nodes, machines = [], set()
+    for payload in payloads:
+        identity, name, machine = json.loads(payload)
+        if identity not in given:
+            number = sum(other == name or other.startswith(f"{name}~") for other in given.values())
+            given[identity] = f"{name}~{number + 1}" if number else name
+        nodes.append(given[identity])
+        machines.add(machine)
+    return json.dumps({"nodes": nodes, "secret": secrets.token_hex(32), "one_machine": len(machines) == 1}).encode()
+
+
+def _joined(payloads: list[bytes]) -> bytes:
+    return b"[" + b",".join(payloads) + b"]"

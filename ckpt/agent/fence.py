@@ -7,6 +7,7 @@ on nothing is copied lazily.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from ckpt.state.dtensor import local_tensor
 from ckpt.state.entries import entries_of
 from ckpt_formats.errors import SaveFailedError
+
+log = logging.getLogger("ckpt")
 
 
 class Trusted(Protocol):
@@ -60,12 +63,14 @@ class Fence:
         for tensor, version, owner, entry in guarded:
             if owner() not in self._stepped and tensor._version != version:
                 self._eager = True
-                return SaveFailedError(
+                why = (
                     f"a tensor of shape {list(tensor.shape)} that belongs to the optimizer {entry!r} was changed since "
                     "the last async_save, but no step of that optimizer was seen: lazy capture can't tell when it may "
-                    "copy. Nothing was saved; from now on everything is copied before async_save returns. Pass "
+                    "copy. From now on everything is copied before async_save returns. Pass "
                     'capture="eager" to say that it is meant, or wait for pending.captured() before changing tensors'
                 )
+                log.warning("%s", why)
+                return SaveFailedError(f"nothing was saved: {why}")
         return None
 
     def around(self, state: Mapping[str, object], save: Trusted) -> Callable[[torch.Tensor], bool]:

@@ -17,9 +17,8 @@ import socket
 
 from ckpt.agent.aftermath import AfterCommit, Aftermath
 from ckpt.agent.server import Agent
-
-SOCKET = "socket"
-"""Name of the socket in the agent's folder."""
+from ckpt.agent.wire import SOCKET
+from ckpt.storage.files import Files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ready", type=int, required=True, help="a file descriptor to write to when it listens")
 
 
-def serve(home: str, ready: int, *, after_commit: AfterCommit | Aftermath | None = None) -> None:
+def serve(
+    home: str, ready: int, *, after_commit: AfterCommit | Aftermath | None = None, files: Files | None = None
+) -> None:
     """Be an agent until done, and remove everything.
 
     Args:
@@ -37,6 +38,7 @@ def serve(home: str, ready: int, *, after_commit: AfterCommit | Aftermath | None
         after_commit: called with every checkpoint that was committed, one after the other, on a thread of its own. The
             agent stays until the last call has returned, or has been given up (see aftermath.py). Or an Aftermath that
             decides itself what it does when, and until when the agent stays.
+        files: how it changes the file system.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s")
     # schedulers signal whole jobs, in whatever session a process is; this one ends when the trainers have ended
@@ -49,7 +51,7 @@ def serve(home: str, ready: int, *, after_commit: AfterCommit | Aftermath | None
             os.write(ready, b"1")
             os.close(ready)
             aftermath = after_commit if isinstance(after_commit, Aftermath) else Aftermath(after_commit)
-            Agent(home, aftermath=aftermath).serve(listener)
+            Agent(home, files, aftermath).serve(listener)
     finally:
         shutil.rmtree(home, ignore_errors=True)
 

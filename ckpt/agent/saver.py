@@ -20,10 +20,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ckpt import collector
-from ckpt.agent.client import AgentClient, Launcher, Slot, failure, launch
+from ckpt.agent.client import AgentClient, Launcher, Slot, launch
 from ckpt.agent.fence import Fence
+from ckpt.agent.outcomes import Outcomes
 from ckpt.agent.server import describe
-from ckpt.agent.wire import Message
+from ckpt.agent.wire import Message, failure
 from ckpt.agent.worker import Worker
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation
@@ -35,19 +36,22 @@ from ckpt.saving.save import PLANS, Attempt, Saver, SaveResult
 from ckpt.storage.compressing import Readable
 from ckpt.storage.publish import Folder, is_committed, prepare_folder
 from ckpt_formats.digest import DIGEST_SIZE
-from ckpt_formats.errors import CheckpointError, SaveFailedError
+from ckpt_formats.errors import CheckpointError, RankError, SaveFailedError
 from ckpt_formats.native import names
+from ckpt_formats.native.reader import read_root
 
 SLOT_TIMEOUT = 600.0
 """Seconds that a save waits for an earlier one to be written before it fails."""
-CLOSE = 10.0
-"""Seconds for which a process that ends waits until what it has captured is written, to say so in the log."""
+LAST = 30.0
+"""Seconds that rank 0 stays, at the end, to hear what became of the last saves."""
 SAID = 1.0
 """Seconds of waiting after which it is said that a save waits."""
 
 log = logging.getLogger("ckpt")
 
 CaptureMode = Literal["lazy", "eager"]
+_Key = tuple[ProcessGroup | None, bool]
+"""The ranks that save, and whether onto node-local disks."""
 
 
 class PendingSave:
@@ -60,7 +64,6 @@ class PendingSave:
         handed: set when this rank's part was handed to the agent, or given up.
         phases: seconds of this rank in each phase of the call.
         blocked: seconds for which the call that began it did not return.
-        failure: why it failed, as far as this process knows; see `over`.
         trusted: whether somebody has waited until it was captured, and may have changed the state since.
     """
 
@@ -69,10 +72,9 @@ class PendingSave:
         self.path = path
         self.step = step
         self.blocked = 0.0
+        self.trusted = False
         self.phases: Mapping[str, float] = {}
         self.handed = threading.Event()
-        self.failure: BaseException | None = None
-        self.trusted = False
         self._client = client
         self._lock = threading.Lock()
         self._end: Message | None = None
@@ -103,23 +105,13 @@ class PendingSave:
 
     def done(self) -> bool:
         """Whether it is over, well or not. Never waits."""
+        if not self.handed.is_set():
+            return False
         try:
             self._ask("committed", 0.0)
         except CheckpointError:
             return True
         return self._end is not None
-
-    @property
-    def over(self) -> bool:
-        """Whether it is over, as far as this process knows. Asks nobody."""
-        return self._end is not None or self.failure is not None
-
-    def watch(self) -> None:
-        """Wait until it is over, so that this process knows; raises nothing."""
-        try:
-            self._ask("committed", SLOT_TIMEOUT)
-        except CheckpointError as error:
-            self.failure = error
 
     def _status(self, until: str, timeout: float) -> Message:
         begin = time.monotonic()
@@ -127,28 +119,60 @@ class PendingSave:
             raise SaveFailedError(f"{self.path}: this rank did not capture its part within {timeout} s", path=self.path)
         status = self._ask(until, max(0.0, timeout - (time.monotonic() - begin)))
         if not status[until]:
-            ranks = ", ".join(map(str, status["waits_for"])) or "none: the files are still being written"
-            raise SaveFailedError(
-                f"{self.path}: not {until} within {timeout} s; ranks that have not captured yet: {ranks}",
-                path=self.path,
+            captures, writes = status["waits_for"], status["writes"]
+            waits = (
+                f"ranks that have not captured yet: {', '.join(captures)}"
+                if captures
+                else f"ranks whose part is still being written: {', '.join(writes)}"
+                if writes
+                else "it is being committed"
             )
+            raise SaveFailedError(f"{self.path}: not {until} within {timeout} s; {waits}", path=self.path)
         self.trusted = True
         return status
+
+    def follow(self) -> None:
+        """Wait until it is over, however long that takes. Raises as `captured`."""
+        self.handed.wait()
+        while self._end is None:
+            self._ask("committed", SLOT_TIMEOUT)
+
+    def known_end(self) -> bool:
+        """Whether it is known here that it is over. Never waits."""
+        return self._end is not None
+
+    def known_failure(self) -> CheckpointError | None:
+        """Why it failed, if it did and that is known here. Never waits."""
+        end = self._end
+        return failure(end) if end is not None and end.get("error") else None
 
     def _ask(self, until: str, timeout: float) -> Message:
         with self._lock:
             status = self._end
         if status is None:
-            status = self._client.wait(self.attempt, until, timeout)
+            try:
+                status = self._client.wait(self.attempt, until, timeout)
+            except RankError as lost:
+                status = self._without_agent(lost)
             if status.get("error") or status.get("committed"):
                 with self._lock:
                     first, self._end = self._end is None, status
                 if first and self._client.rank == 0 and status.get("committed"):
                     log.info("%s", self._summary(status))
         if status.get("error"):
-            self.failure = failure(status)
-            raise self.failure
+            raise failure(status)
         return status
+
+    def _without_agent(self, lost: RankError) -> Message:
+        """The end of a save whose agent is gone: the disk says whether it was committed."""
+        committed: Message = {"captured": True, "committed": True, "bytes": 0, "seconds": 0.0}
+        try:
+            root = read_root(self.path)
+        except (CheckpointError, OSError):
+            root = None
+        if root is None or root.attempt != self.attempt:
+            return {"error": f"{self.path}: {lost}", "kind": "RankError"}
+        return committed | {"bytes": sum(file.size for file in root.files)}
 
     def _summary(self, end: Message) -> str:
         """A line for the log: the agent, which knows more, has no terminal."""
@@ -166,27 +190,38 @@ class AsyncSaver:
     writes what is left, and ends.
     """
 
-    def __init__(self, saver: Saver | None = None, launcher: Launcher = launch) -> None:
-        """`launcher` starts an agent on this node and returns its address; by default a process of its own."""
+    def __init__(self, saver: Saver | None = None, *, launcher: Launcher = launch) -> None:
+        """`launcher` starts an agent on this node and returns its address."""
         self._saver = saver or Saver()
         self._launcher = launcher
         self._client: AgentClient | None = None
-        self._known: list[tuple[ProcessGroup | None, Recurring]] = []
+        self._known: list[tuple[_Key, Recurring]] = []
         """What is known of the states that were saved, the last one first."""
         self._spare: Slot | None = None
         """A slot for the next save, so that it need not ask."""
         self._worker = Worker("ckpt-capture")
-        self._watcher = Worker("ckpt-watch")
-        self._unheard: list[PendingSave] = []
-        """On rank 0: saves whose outcome was not asked for by a later one."""
+        self._outcomes = Outcomes()
         self._captures: list[tuple[Capture, PendingSave, Operation]] = []
         self._fence = Fence(self.settle)
 
     def start(self, group: Collective) -> AgentClient:
-        """Make sure that this node has an agent. Collective."""
+        """Make sure that every node has an agent. Collective."""
         if self._client is None:
             self._client = AgentClient.join(group, self._launcher)
         return self._client
+
+    def _start_anew(self, group: Collective) -> AgentClient:
+        """Some agent is lost: start new ones on all nodes; the old ones end when they have written what they can.
+        Collective.
+        """
+        if group.rank == 0:
+            log.warning("an agent was lost, so new ones are started; what is not committed yet may fail")
+        if self._client is not None:
+            # what is captured is still handed to the old ones
+            self._worker.close(SLOT_TIMEOUT)
+            self._client.close()
+            self._client = self._spare = None
+        return self.start(group)
 
     def save(
         self,
@@ -201,12 +236,13 @@ class AsyncSaver:
         begin = time.perf_counter()
         group = Collective(process_group)
         client = self.start(group)
-        attempt = Attempt(self._saver, group, path, step, "capture")
+        attempt = Attempt(self._saver, group, path, step, "capture", client.nodes)
         operation = attempt.operation
         with collector.paused():
             slot: Slot | None = None
             try:
                 begun = self._agree(client, group, attempt, process_group, state)
+                client = begun.client
             except BaseException as error:
                 attempt.discard()
                 operation.end(error)
@@ -223,14 +259,15 @@ class AsyncSaver:
                     work.begin(self._fence.around(state, pending) if capture == "lazy" else _nothing)
             except BaseException as error:
                 operation.end(error)
-                _tell(begun, error)
-                client.abandon(begun.attempt, slot, error)
+                _open(begun)
+                with contextlib.suppress(CheckpointError):
+                    client.abandon(begun.attempt, slot, error)
                 raise
         self._captures = [earlier for earlier in self._captures if not earlier[0].copied]
         self._captures.append((work, pending, operation))
         self._worker.do(partial(self._finish, client, begun, work, slot, pending, operation))
         if group.rank == 0:
-            self._unheard.append(pending)
+            self._outcomes.add(pending)
         pending.phases = operation.seconds
         pending.blocked = time.perf_counter() - begin
         return pending
@@ -243,21 +280,25 @@ class AsyncSaver:
                     work.wait(SLOT_TIMEOUT)
         self._captures = []
 
+    @property
+    def agent(self) -> AgentClient | None:
+        """The agent of this node; another one after the first was lost."""
+        return self._client
+
     def forget(self, pending: PendingSave) -> None:
         """Whoever follows a save has heard that it failed: the next one need not raise that again."""
-        if pending in self._unheard:
-            self._unheard.remove(pending)
+        self._outcomes.forget(pending)
 
     def close(self) -> None:
-        """Leave the agent, which writes what is left and ends. Waits for captures, and shortly for what is written."""
-        self.settle()
+        """Leave the agent, which writes what is left and ends. Rank 0 first hears what becomes of it, if that does not
+        take too long.
+        """
         self._worker.close(SLOT_TIMEOUT)
+        for late in self._outcomes.close(LAST):
+            log.warning("%s: not committed after %.0f s; the agent goes on with it", late.path, LAST)
         if self._client is not None:
             self._client.close()
-            self._client = None
-        self._watcher.close(CLOSE)
-        self._unheard = []
-        self._spare = None
+            self._client = self._spare = None
         self._known = []
 
     def _agree(
@@ -270,94 +311,92 @@ class AsyncSaver:
     ) -> _Begun:
         """Agree with the other ranks on what is saved, by a few bytes if that is what was saved before. Collective."""
         taken = attempt.take(state)
-        failure = self._fence.problem() or (self._earlier_failure() if group.rank == 0 else None)
+        unannounced = self._fence.problem()
+        problem = self._outcomes.failure() or unannounced
+        alive = client.alive()
         known: Recurring | None = None
+        of = (process_group, attempt.node_local)
         with attempt.operation.phase("plan"):
-            if taken is not None and failure is None and not (group.rank == 0 and is_committed(attempt.path)):
+            free = group.rank > 0 or not is_committed(attempt.path)
+            if taken is not None and problem is None and alive and free:
                 marks = signature(taken)
-                known = next((k for of, k in self._known if of is process_group and k.fits(marks)), None)
+                known = next((known for key, known in self._known if key == of and known.fits(marks)), None)
             greeting = Greeting(
                 origin=NEW if known is None else known.origin,
                 attempt=secrets.token_bytes(ORIGIN),
-                place=place_digest(attempt.path, attempt.step),
+                place=place_digest(attempt.given, attempt.step),
                 values=bytes(DIGEST_SIZE) if taken is None else values_digest(taken),
             )
             greetings = [Greeting.decode(data) for data in group.share(b"".join(greeting))]
             if taken is not None and known is not None and known.agreed(greetings, taken):
                 number = greetings[0].attempt.hex()
-                self._remember(process_group, known)
+                self._remember(of, known)
                 open_save = None
                 if known.contents is not None:
-                    described = {**known.contents, "step": attempt.step}
-                    open_save = partial(self._open, client, number, attempt.path, group.world_size, described)
-                return _Begun(number, known, known.sources(taken), open_save)
-        planned = attempt.plan(failure)
+                    open_save = partial(self._open, client, number, attempt, known.contents)
+                return _Begun(client, number, known, known.sources(taken), open_save)
+        planned = attempt.plan(problem, question=not alive)
         if taken is None:
             raise AssertionError("a rank that could not take its state apart has failed")
+        if planned.answer:
+            client = self._start_anew(group)
         contents: Message | None = None
-        unopened: BaseException | None = None
+        unopened: Exception | None = planned.failure
         try:
             if planned.plan is not None and attempt.folder is not None:  # on rank 0
                 contents = describe(attempt.contents(planned.plan))
-                client.begin(planned.attempt, attempt.folder, group.world_size, contents)
+                client.begin(planned.attempt, attempt.folder, group.world_size, contents, node_local=attempt.node_local)
             known = Recurring(taken, planned, greetings, contents)
         except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
-            unopened = error
+            unopened = unopened or error
         try:
             # no rank may hand over its part before rank 0 has opened the save
-            group.agree(planned.failure or unopened)
+            group.agree(unopened)
         except BaseException as error:
-            client.abandon(planned.attempt, None, error)
+            with contextlib.suppress(CheckpointError):
+                client.abandon(planned.attempt, None, error)
             raise
         if known is None:
             raise AssertionError("a rank that could not open its part of the save has failed")
-        self._remember(process_group, known)
-        return _Begun(planned.attempt, known, known.sources(taken), None)
+        self._remember(of, known)
+        return _Begun(client, planned.attempt, known, known.sources(taken), None)
 
-    def _remember(self, process_group: ProcessGroup | None, known: Recurring) -> None:
-        others = [(of, other) for of, other in self._known if other is not known]
-        self._known = [(process_group, known), *others[: PLANS - 1]]
+    def _remember(self, of: _Key, known: Recurring) -> None:
+        others = [(key, other) for key, other in self._known if other is not known]
+        self._known = [(of, known), *others[: PLANS - 1]]
 
-    def _open(self, client: AgentClient, number: str, path: str, world_size: int, contents: Message) -> None:
+    def _open(self, client: AgentClient, number: str, attempt: Attempt, contents: Message) -> None:
         """Make the folder and open the save: on rank 0, in the background."""
-        contents["provenance"] = provenance()
-        folder = Folder(path, ())
+        layout = {**contents["layout"], **attempt.places()}
+        contents = {**contents, "step": attempt.step, "layout": layout, "provenance": provenance()}
+        folder = Folder(attempt.path, ())
         try:
-            folder = prepare_folder(self._saver.files, path)
+            folder = prepare_folder(self._saver.files, attempt.path)
         finally:
-            client.begin(number, folder, world_size, contents)
-
-    def _earlier_failure(self) -> BaseException | None:
-        """Why an earlier save failed, if one did that nobody was told of here: it must not pass in silence."""
-        for pending in list(self._unheard):
-            if pending.over:
-                self._unheard.remove(pending)
-                if pending.failure is not None:
-                    return pending.failure
-        return None
+            world_size = int(layout["world_size"])
+            client.begin(number, folder, world_size, contents, node_local=attempt.node_local)
 
     def _finish(
         self, client: AgentClient, begun: _Begun, work: Capture, slot: Slot, pending: PendingSave, operation: Operation
     ) -> None:
         """Copy the rest and hand the slot to the agent; on the worker's thread."""
-        failure: BaseException | None = None
+        failed: BaseException | None = None
         try:
             work.finish()
         except Exception as error:  # noqa: BLE001 - it is told to whoever waits
-            failure = error
-        failure = _tell(begun, failure)
+            failed = error
+        unopened = _open(begun)
+        failed = failed or unopened
         try:
-            if failure is None:
-                client.captured(begun.attempt, slot, _table(begun.known.form.files, begun.attempt, client.rank))
+            if failed is None:
+                table = _table(begun.known.form.files, begun.attempt, client.rank)
+                client.captured(begun.attempt, slot, table, pending.path, pending.step)
             else:
-                client.abandon(begun.attempt, slot, failure)
+                client.abandon(begun.attempt, slot, failed)
         except CheckpointError as lost:
             log.warning("%s: %s", pending.path, lost)
-            failure = failure or lost
-        operation.end(failure)
+        operation.end(failed)
         pending.handed.set()
-        if client.rank == 0:
-            self._watcher.do(pending.watch)
         if self._spare is None:
             with contextlib.suppress(CheckpointError):
                 self._spare = client.slot(begun.known.form.nbytes, 0.0)
@@ -391,6 +430,7 @@ class AsyncSaver:
 class _Begun(NamedTuple):
     """A save that all ranks have agreed on."""
 
+    client: AgentClient
     attempt: str
     known: Recurring
     sources: Sequence[Readable]
@@ -398,14 +438,14 @@ class _Begun(NamedTuple):
     """Opens it at the agent, where this is rank 0 and that was not done yet."""
 
 
-def _tell(begun: _Begun, failure: BaseException | None) -> BaseException | None:
-    """Open a save that is not open yet. Returns why the save fails, if it does."""
+def _open(begun: _Begun) -> BaseException | None:
+    """Open a save that is not open yet. Returns why that failed, if it did."""
     if begun.open is not None:
         try:
             begun.open()
         except Exception as error:  # noqa: BLE001 - it is told to whoever waits
-            return failure or error
-    return failure
+            return error
+    return None
 
 
 def _nothing(_: torch.Tensor) -> bool:

@@ -1,8 +1,7 @@
-"""What the agent does: give out slots, write what was captured in them, and commit when every rank's part is written.
+"""What the agent does for the trainers of its node: give out slots, and write what was captured in them.
 
-A save that every rank captured completes although all trainers die; one that a rank died before capturing fails, and
-leaves nothing. The agent ends when its trainers are gone and nothing is left to write. Knows no live state and no
-torch.
+What becomes of a save is for the Committer (crew.py): of one agent alone, or of several that one of them leads. The
+agent ends when its trainers are gone and nothing is left to write or to be told. Knows no live state and no torch.
 """
 
 from __future__ import annotations
@@ -13,70 +12,28 @@ import os
 import socket
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-from ckpt.agent.aftermath import Aftermath, Committed
+from ckpt.agent import peers
+from ckpt.agent.aftermath import Aftermath
 from ckpt.agent.arena import Arena
+from ckpt.agent.crew import Committer, Crew
+from ckpt.agent.following import Follower
+from ckpt.agent.leading import Leader
 from ckpt.agent.wire import Channel, Message
 from ckpt.agent.writing import CapturedChunk, CapturedFile, write_captured
-from ckpt.events import Operation
-from ckpt.saving.commit import Contents, Part, commit
+from ckpt.saving.commit import Contents, Part
 from ckpt.storage.files import ALIGNMENT, Files
-from ckpt.storage.publish import Folder, discard
-from ckpt_formats import errors
 from ckpt_formats.errors import CheckpointError
 from ckpt_formats.geometry import Box
 
-KEPT = 256
-"""Finished saves that can still be asked about."""
 STARTUP = 60.0
 """Seconds that the agent waits for its first trainer."""
 LINGER = 0.5
 """Seconds that it stays when there is nobody and nothing left."""
 
 log = logging.getLogger("ckpt.agent")
-
-
-@dataclass(slots=True)
-class Save:
-    """One save, as the agent knows it."""
-
-    attempt: str
-    world_size: int
-    folder: Folder
-    operation: Operation
-    """What it tells of itself: the phases of all ranks, which this process works for."""
-    contents: Contents | None = None
-    """Rank 0 brings it."""
-    captured: set[int] = field(default_factory=set)
-    parts: dict[int, Part] = field(default_factory=dict)
-    failing: bool = False
-    """It is decided that it fails, and what it wrote is being removed."""
-    error: str | None = None
-    kind: str = ""
-    """The error's class."""
-    committed: bool = False
-    bytes: int = 0
-    began: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-
-    @property
-    def over(self) -> bool:
-        return self.committed or self.error is not None
-
-    def status(self) -> Message:
-        return {
-            "captured": len(self.captured) == self.world_size,
-            "committed": self.committed,
-            "error": self.error,
-            "kind": self.kind,
-            "bytes": self.bytes,
-            "seconds": self.seconds,
-            "waits_for": sorted(set(range(self.world_size)) - self.captured),
-        }
 
 
 class Agent:
@@ -86,13 +43,16 @@ class Agent:
         self._home = home
         self._files = files or Files()
         self._aftermath = aftermath or Aftermath()
+        self._committer: Committer = Leader(Crew("", [""]), self._files, self._aftermath)
         self._changed = threading.Condition()
-        self._saves: OrderedDict[str, Save] = OrderedDict()
         self._arenas: dict[str, Arena] = {}
         """By path; those that were outgrown stay for as long as a save lies in them."""
         self._newest: dict[int, Arena] = {}
         """By rank."""
         self._trainers: set[int] = set()
+        self._watchers: set[Channel] = set()
+        """Connections that are closed when no further save can be begun."""
+        self._broken = False
         self._writing = 0
         self._arena_count = 0
         self._idle_since: float | None = None
@@ -110,14 +70,16 @@ class Agent:
             except TimeoutError:
                 continue
             connection.settimeout(None)
-            threading.Thread(target=self._attend, args=(Channel(connection),), name="ckpt-agent", daemon=True).start()
+            channel = Channel(connection, "a trainer")
+            threading.Thread(target=self._attend, args=(channel,), name="ckpt-agent", daemon=True).start()
+        self._committer.close()
         for arena in self._newest.values():
             arena.remove()
 
     def _finished(self) -> bool:
         now = time.monotonic()
         with self._changed:
-            if self._trainers or self._writing:
+            if self._trainers or self._writing or self._committer.busy():
                 self._idle_since = None
                 self._aftermath.stay()
                 return False
@@ -130,7 +92,10 @@ class Agent:
         """Answer one connection until it closes. A trainer's first message is `hello`; others only ask."""
         rank: int | None = None
         answers: dict[str, Callable[[Message], Message]] = {
+            "lead": self._lead,
+            "follow": self._follow,
             "slot": self._slot,
+            "release": self._give_back,
             "begin": self._begin,
             "captured": self._captured,
             "abandon": self._abandon,
@@ -145,6 +110,9 @@ class Agent:
                         self._met = True
                     channel.send({"pid": os.getpid()})
                     continue
+                if message["op"] == "watch":
+                    self._watch(channel)
+                    continue
                 try:
                     answer = answers[message["op"]](message)
                 except (CheckpointError, OSError) as error:
@@ -154,18 +122,44 @@ class Agent:
             log.debug("a connection broke: %s", error)
         finally:
             channel.close()
+            with self._changed:
+                self._watchers.discard(channel)
+                if rank is not None:
+                    self._trainers.discard(rank)
             if rank is not None:
-                self._left(rank)
+                self._committer.left(rank)
 
-    def _left(self, rank: int) -> None:
-        """A trainer is gone: what it has not captured will never be."""
+    def _watch(self, channel: Channel) -> None:
         with self._changed:
-            self._trainers.discard(rank)
-            lost = [save for save in self._saves.values() if not save.over and rank not in save.captured]
-        for save in lost:
-            self._fail(save, f"rank {rank} ended before its part of the save was captured", "RankError")
+            self._watchers.add(channel)
+            broken = self._broken
+        if broken:
+            channel.close()
+
+    def _break(self) -> None:
+        """Another agent is lost: let the trainers know, who start agents anew; what is under way goes on."""
+        with self._changed:
+            self._broken = True
+            watchers = list(self._watchers)
+        for channel in watchers:
+            channel.close()
 
     # answers
+
+    def _lead(self, message: Message) -> Message:
+        """This agent is one of several, and the one that commits."""
+        crew = Crew(message["node"], message["nodes"])
+        self._committer = leader = Leader(crew, self._files, self._aftermath, self._break)
+        port = leader.listen(bytes.fromhex(message["secret"]), loopback=message["loopback"])
+        return {"port": port, "hosts": ["127.0.0.1"] if message["loopback"] else peers.own_hosts()}
+
+    def _follow(self, message: Message) -> Message:
+        """This agent is one of several, and another one commits."""
+        crew = Crew(message["node"], message["nodes"])
+        leader = peers.Address(**message["leader"])
+        secret = bytes.fromhex(message["secret"])
+        self._committer = Follower(crew, leader, secret, self._files, self._aftermath, self._break)
+        return {}
 
     def _slot(self, message: Message) -> Message:
         rank, nbytes = int(message["rank"]), int(message["bytes"])
@@ -185,29 +179,14 @@ class Agent:
         slot = arena.acquire(float(message["timeout"]))
         return {"arena": arena.path, "slot_bytes": arena.slot_bytes, "slot": slot}
 
+    def _give_back(self, message: Message) -> Message:
+        """A slot was not filled."""
+        self._release(self._arenas[message["arena"]], int(message["slot"]))
+        return {}
+
     def _begin(self, message: Message) -> Message:
         """Rank 0 opens a save before any rank captures for it."""
-        contents = message["contents"]
-        save = Save(
-            attempt=message["save"],
-            world_size=int(message["world_size"]),
-            folder=Folder(message["path"], message["made"]),
-            operation=Operation("save", message["path"], step=contents["step"], world_size=int(message["world_size"])),
-            contents=Contents(
-                step=contents["step"],
-                tensors={name: (dtype, tuple(shape), cut) for name, (dtype, shape, cut) in contents["tensors"].items()},
-                aliases=contents["aliases"],
-                values=contents["values"],
-                entries=contents["entries"],
-                layout=contents["layout"],
-                provenance=contents["provenance"],
-            ),
-        )
-        with self._changed:
-            self._saves[save.attempt] = save
-            over = [attempt for attempt, other in self._saves.items() if other.over]
-            for attempt in over[:-KEPT]:
-                del self._saves[attempt]
+        self._committer.begin(message)
         return {}
 
     def _captured(self, message: Message) -> Message:
@@ -224,13 +203,18 @@ class Agent:
             )
             for path, header, size, chunks in message["files"]
         ]
+        attempt, path = message["save"], message["path"]
         with self._changed:
-            save = self._saves[message["save"]]
-            save.captured.add(rank)
             self._writing += 1
-            self._changed.notify_all()
-        writer = threading.Thread(target=self._write, args=(save, rank, arena, slot, files), name="ckpt-agent-write")
-        writer.start()
+        try:
+            self._committer.captured(attempt, rank, path, message["step"])
+        except BaseException:
+            self._written(arena, slot)
+            raise
+        writing = threading.Thread(
+            target=self._write, args=(attempt, path, rank, arena, slot, files), name="ckpt-agent-write"
+        )
+        writing.start()
         return {}
 
     def _abandon(self, message: Message) -> Message:
@@ -238,57 +222,44 @@ class Agent:
         rank = int(message["rank"])
         if message.get("slot") is not None:
             self._release(self._arenas[message["arena"]], int(message["slot"]))
-        save = self._saves.get(message["save"])
-        if save is not None:
-            self._fail(save, f"rank {rank}: {message['why']}", message["kind"])
+        self._committer.failed(message["save"], f"rank {rank}: {message['why']}", message["kind"])
         return {}
 
     def _wait(self, message: Message) -> Message:
         """Answer when a save is captured by all, or over, or when the time is up."""
-        deadline = time.monotonic() + float(message["timeout"])
-        wanted = message["until"]
-        with self._changed:
-            save = self._saves.get(message["save"])
-            if save is None:
-                return {"error": "the agent knows no such save", "kind": "RankError"}
-            while not (save.over or (wanted == "captured" and len(save.captured) == save.world_size)):
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            return save.status()
+        return self._committer.wait(message["save"], message["until"], float(message["timeout"]))
 
     # work
 
-    def _write(self, save: Save, rank: int, arena: Arena, slot: int, files: list[CapturedFile]) -> None:
+    def _write(self, attempt: str, path: str, rank: int, arena: Arena, slot: int, files: list[CapturedFile]) -> None:
+        committer = self._committer
         try:
             view = arena.view(slot)
             at = 0
             written = []
-            with save.operation.phase("write", rank=rank) as phase:
+            with committer.phase(attempt, rank) as phase:
                 for captured in files:
                     # every file of a slot begins at a page
-                    written.append(write_captured(self._files, save.folder.path, captured, view[at:]))
+                    written.append(write_captured(self._files, path, captured, view[at:]))
                     at += -(-captured.size // ALIGNMENT) * ALIGNMENT
                     phase.bytes += captured.size
             part = Part(written, [[chunk.name for chunk in captured.chunks] for captured in files])
-            with self._changed:
-                save.parts[rank] = part
-                complete = len(save.parts) == save.world_size and not (save.over or save.failing)
-            if complete:
-                self._commit(save)
+            committer.prepared(attempt, rank, part)
         except Exception as error:  # noqa: BLE001 - whatever it is, the trainers learn it
             kind = type(error).__name__ if isinstance(error, CheckpointError) else "SaveFailedError"
-            self._fail(save, f"{save.folder.path}: rank {rank}'s part could not be written: {error}", kind)
+            with contextlib.suppress(CheckpointError):
+                committer.failed(attempt, f"{path}: rank {rank}'s part could not be written: {error}", kind)
         finally:
-            self._release(arena, slot)
-            if save.failing:
+            if committer.failing(attempt):
                 # what this wrote after the save had failed
-                with contextlib.suppress(OSError):
-                    discard(self._files, save.folder, save.attempt)
-            with self._changed:
-                self._writing -= 1
-                self._changed.notify_all()
+                committer.discard(attempt)
+            self._written(arena, slot)
+
+    def _written(self, arena: Arena, slot: int) -> None:
+        """A slot is not needed any more."""
+        self._release(arena, slot)
+        with self._changed:
+            self._writing -= 1
 
     def _release(self, arena: Arena, slot: int) -> None:
         arena.release(slot)
@@ -299,41 +270,6 @@ class Agent:
         with self._changed:
             if arena.idle and arena not in self._newest.values():
                 self._arenas.pop(arena.path, None)
-
-    def _commit(self, save: Save) -> None:
-        if save.contents is None:
-            raise AssertionError("a save begins with its contents")
-        parts = [save.parts[rank] for rank in sorted(save.parts)]
-        with save.operation.phase("commit"):
-            commit(self._files, save.folder, save.attempt, save.contents, parts)
-        nbytes = sum(int(file.rows.length.sum()) for part in parts for file in part.files)
-        save.operation.bytes = nbytes
-        save.operation.end()
-        with self._changed:
-            save.bytes = nbytes
-            save.seconds = time.monotonic() - save.began
-            save.committed = True
-            step = save.contents.step
-            # the index of a large save is large itself
-            save.parts, save.contents = {}, None
-            self._changed.notify_all()
-        self._aftermath.committed(Committed(save.folder.path, step, save.attempt, leads=True))
-
-    def _fail(self, save: Save, why: str, kind: str) -> None:
-        with self._changed:
-            if save.over or save.failing:
-                return
-            save.failing = True
-        log.warning("the save to %s failed: %s", save.folder.path, why)
-        with contextlib.suppress(OSError):
-            discard(self._files, save.folder, save.attempt)
-        kind = kind if kind in errors.__all__ else "SaveFailedError"
-        save.operation.end(getattr(errors, kind)(why))
-        with self._changed:
-            # whoever hears of it finds nothing left behind
-            save.error = why
-            save.kind = kind
-            self._changed.notify_all()
 
 
 def describe(contents: Contents) -> dict[str, Any]:

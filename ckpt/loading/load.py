@@ -235,17 +235,19 @@ class _Load:
     def read(self) -> None:
         """Read everything that this rank holds into its live memory."""
         manifest = self.checkpoint.manifest
+        tensors, aliases = manifest.tensors, manifest.aliases
         in_place: list[Request] = []
         bounced: list[tuple[LocalTensor, Box, torch.Tensor]] = []
         for local in self.target.tensors.values():
-            meta = manifest.tensors.get(manifest.aliases.get(local.name, local.name))
+            name = local.name
+            meta = tensors.get(name) or tensors.get(aliases.get(name, name))
             if meta is None:
                 continue
             same = meta.dtype is dtype_of(local.dtype)
             for piece in local.pieces:
                 view = piece.view
-                if same and view.device.type == "cpu" and not (view.is_conj() or view.is_neg()):
-                    in_place.append(Request(local.name, piece.box, as_carrier(view)))
+                if same and view.is_cpu and not (view.is_conj() or view.is_neg()):
+                    in_place.append(Request(name, piece.box, as_carrier(view)))
                 else:
                     bounced.append((local, piece.box, view))
         stats = self.checkpoint.read(in_place, threads=_threads())

@@ -6,7 +6,6 @@ the index, writes the root, and publishes it. Knows no live state and no process
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from ckpt.storage.publish import Folder, publish, write_pages
 from ckpt_formats.codecs import KNOWN
 from ckpt_formats.digest import BLOCK_SIZE
 from ckpt_formats.dtypes import dtype as dtype_named
+from ckpt_formats.json_text import parse_json, to_json
 from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.native import index
 from ckpt_formats.native.index import IndexRows
@@ -40,13 +40,13 @@ class Part:
     def encode(self) -> bytes:
         """As bytes, to be sent to rank 0."""
         rows = [index.pack(file.rows) for file in self.files]
-        head = json.dumps(
+        head = to_json(
             {
                 "files": [[file.path, file.size, file.header, file.digest] for file in self.files],
                 "names": self.names,
                 "rows": [len(row) for row in rows],
             }
-        ).encode("utf-8")
+        )
         return b"".join([len(head).to_bytes(8, "little"), head, *rows])
 
     @staticmethod
@@ -54,7 +54,7 @@ class Part:
         """The inverse of encode."""
         view = memoryview(data)
         at = 8 + int.from_bytes(view[:8], "little")
-        head = json.loads(bytes(view[8:at]))
+        head = parse_json(view[8:at], "what a rank wrote")
         files = []
         for (path, size, header, digest), length in zip(head["files"], head["rows"], strict=True):
             files.append(WrittenFile(path, size, header, digest, index.unpack(view[at : at + length], path)))

@@ -22,6 +22,7 @@ from ckpt.state.torch_dtypes import dtype_of
 from ckpt_formats.dtypes import dtype as dtype_named
 from ckpt_formats.errors import CoverageError, StateError
 from ckpt_formats.geometry import Box, check_cover
+from ckpt_formats.json_text import to_json
 
 SPLIT = 16 << 20
 """A replicated box is cut into parts of at least so many bytes, so that its owners share the writing."""
@@ -79,7 +80,7 @@ def describe(state: LocalState) -> bytes:
             dtype_of(tensor.dtype).name,
             tensor.shape,
             cuts.setdefault((tensor.mesh, tensor.cut), len(cuts)),
-            [piece.box for piece in tensor.pieces],
+            [[piece.box.offsets, piece.box.sizes] for piece in tensor.pieces],
         ]
         for tensor in state.tensors.values()
     ]
@@ -88,7 +89,7 @@ def describe(state: LocalState) -> bytes:
         "cuts": [[mesh, cut] for mesh, cut in cuts],
         "aliases": state.aliases,
     }
-    return json.dumps(tree, separators=(",", ":")).encode("ascii")
+    return to_json(tree)
 
 
 def _is_text(name: str) -> bool:

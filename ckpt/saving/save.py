@@ -44,6 +44,9 @@ from ckpt_formats.values import encode
 PLANS = 4
 """Plans that are kept for the next save: more than one, for states that are saved in turns."""
 
+NODE = "{node}"
+"""Stands in a path for the name of a node, on disks that each node has for itself."""
+
 _UINT8 = dtype_named("uint8")
 _ROUND = 256
 """Per-rank values take a multiple of so many bytes, filled up with spaces."""
@@ -129,24 +132,43 @@ class Planned(NamedTuple):
     """On rank 0 only."""
     failure: Exception | None
     """Why this rank can't write it; to be told to the others at the end of the next phase."""
+    answer: bool
+    """Whether `question` was true on any rank."""
 
 
 class Attempt:
     """One attempt at one checkpoint, on one rank.
 
     Attributes:
-        path: the checkpoint's folder.
+        given: the path as it was given, the same on all ranks.
+        path: the checkpoint's folder, on this node.
+        node_local: whether each node has its own: the path was given with `{node}` in it.
         step: the training step, if there is one.
         operation: what it tells of itself.
         folder: on rank 0, the folder that was made for it.
     """
 
     def __init__(
-        self, saver: Saver, group: Collective, path: str | os.PathLike[str], step: int | None, name: str = "save"
+        self,
+        saver: Saver,
+        group: Collective,
+        path: str | os.PathLike[str],
+        step: int | None,
+        name: str = "save",
+        nodes: Sequence[str] = (),
     ) -> None:
+        """`nodes` has the name of each rank's node, where they are known."""
         self._saver = saver
         self._group = group
-        self.path = os.path.abspath(os.fspath(path))
+        self.given = os.path.abspath(os.fspath(path))
+        self._nodes = nodes
+        self.node_local = NODE in self.given
+        if self.node_local and not nodes:
+            raise StateError(
+                f"{self.given}: a folder per node is for ckpt.async_save, whose agents know the nodes; give a path "
+                f"without {NODE}, on storage that all nodes share"
+            )
+        self.path = self.given.replace(NODE, nodes[group.rank]) if self.node_local else self.given
         self.step = names.step_of(os.path.basename(self.path)) if step is None else _step(step)
         self.operation = Operation(name, self.path, step=self.step, rank=group.rank, world_size=group.world_size)
         group.waiting = self.operation.waiting
@@ -191,10 +213,11 @@ class Attempt:
                 return None
         return self._taken
 
-    def plan(self, failure: BaseException | None = None) -> Planned:
+    def plan(self, failure: BaseException | None = None, *, question: bool = False) -> Planned:
         """Agree with the other ranks on who writes what was taken, and make the folders. Collective.
 
-        A `failure` of this rank, from before, ends the attempt on every rank.
+        A `failure` of this rank, from before, ends the attempt on every rank. Whether any rank's `question` is true is
+        answered on the way.
         """
         taken = self._taken
         failure = failure or self._failure
@@ -203,7 +226,7 @@ class Attempt:
             try:
                 if failure is None:
                     description = describe(taken.local)
-                    hello = self._hello(taken, hexdigest(description))
+                    hello = self._hello(taken, hexdigest(description), question)
             except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
                 failure = error
             opened = json.loads(self._group.exchange(hello, failure, self._open))
@@ -218,19 +241,20 @@ class Attempt:
         for name in blobs:
             data = taken.blobs[name]
             chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
-        return Planned(opened["attempt"], chunks, known.assignment, blobs, known.plan, unreadable)
+        return Planned(opened["attempt"], chunks, known.assignment, blobs, known.plan, unreadable, opened["answer"])
 
     def discard(self) -> None:
         """On rank 0, remove what the attempt has left behind."""
         if self.folder is not None:
             discard(self._saver.files, self.folder, self._attempt)
 
-    def _hello(self, taken: Taken, digest: str) -> bytes:
+    def _hello(self, taken: Taken, digest: str, question: bool) -> bytes:
         """This rank's greeting to rank 0: everything that changes from save to save."""
         return _json(
             {
-                "path": self.path,
+                "path": self.given,
                 "step": self.step,
+                "question": question,
                 "digest": digest,
                 "plans": list(self._saver.plans),
                 "values": taken.values,
@@ -243,9 +267,9 @@ class Attempt:
         """On rank 0: join the values, see whether the plan is known, make the folders."""
         hellos = [json.loads(payload) for payload in payloads]
         for rank, hello in enumerate(hellos):
-            if hello["path"] != self.path:
+            if hello["path"] != self.given:
                 raise StateError(
-                    f"rank {rank} saves to {hello['path']} but rank 0 to {self.path}; give all ranks the same path",
+                    f"rank {rank} saves to {hello['path']} but rank 0 to {self.given}; give all ranks the same path",
                     rank=rank,
                 )
             if hello["step"] != self.step:
@@ -270,6 +294,7 @@ class Attempt:
                 "key": key,
                 "cached": all(key in hello["plans"] for hello in hellos),
                 "blobs": writers,
+                "answer": any(hello["question"] for hello in hellos),
             }
         )
 
@@ -322,9 +347,18 @@ class Attempt:
             aliases=plan.aliases,
             values=self._values,
             entries=self._entries,
-            layout={"world_size": self._group.world_size, "meshes": plan.meshes, "cuts": plan.cuts},
+            layout={"world_size": self._group.world_size, "meshes": plan.meshes, "cuts": plan.cuts} | self.places(),
             provenance=provenance(),
         )
+
+    def places(self) -> dict[str, Any]:
+        """On node-local disks: which ranks' files lie on which node, and where."""
+        if not self.node_local:
+            return {}
+        ranks: dict[str, list[int]] = {}
+        for rank, node in enumerate(self._nodes):
+            ranks.setdefault(node, []).append(rank)
+        return {"nodes": ranks, "folder": self.given}
 
     def _finish(self, plan: Plan | None, payloads: list[bytes]) -> bytes:
         """On rank 0: commit what everybody wrote."""

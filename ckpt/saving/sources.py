@@ -15,24 +15,25 @@ from ckpt_formats.geometry import flat_boxes
 class TensorSource:
     """The elements of a tensor (shape and strides of any kind) in row-major order."""
 
-    __slots__ = ("_bytes", "tensor")
+    __slots__ = ("tensor",)
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        if tensor.is_conj() or tensor.is_neg():
-            tensor = tensor.resolve_conj().resolve_neg()
         self.tensor = tensor
-        self._bytes = bytes_view(tensor) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
 
     def read(self, start: int, stop: int, into: memoryview) -> None:
         """Fill `into` with bytes start..stop; both are multiples of the element size."""
-        if self._bytes is not None:
+        tensor = self.tensor
+        if tensor.is_conj() or tensor.is_neg():
+            # once, not for every range
+            tensor = self.tensor = tensor.resolve_conj().resolve_neg()
+        if tensor.is_cpu and tensor.is_contiguous():
+            data = bytes_view(tensor)
             if stop - start < 1 << 16:
-                into[:] = self._bytes[start:stop]
+                into[:] = data[start:stop]
             else:
                 # numpy copies without the interpreter lock, so that the writing threads go on
-                np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(self._bytes[start:stop], np.uint8))
+                np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(data[start:stop], np.uint8))
             return
-        tensor = self.tensor
         itemsize = tensor.element_size()
         at = 0
         for box in flat_boxes(tuple(tensor.shape), start // itemsize, stop // itemsize):

@@ -35,7 +35,7 @@ def is_spread(value: object) -> bool:
     """Whether a value is spread over paths rather than kept as one value."""
     return (
         isinstance(value, dict)
-        and all(type(key) is str for key in value)
+        and set(map(type, value)) == {str}
         and holds_tensors(value)
         and not (_is_flat(value) and any(map(_is_deep, value.values())))
     )

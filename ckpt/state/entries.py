@@ -59,10 +59,15 @@ def _open(key: str, value: Any, parent: Any, slot: Any) -> Iterator[Entry]:
 
 
 _known: dict[type, str] = {}
+_STATEFUL = ("module", "optimizer", "stateful")
+_CONTAINERS = (dict, list, tuple)
 
 
 def _kind(value: object) -> str:
-    kind = type(value)
+    return _kind_of_type(type(value))
+
+
+def _kind_of_type(kind: type) -> str:
     name = _known.get(kind)
     if name is None:
         name = _known[kind] = _kind_of(kind)
@@ -84,11 +89,15 @@ def _kind_of(kind: type) -> str:
 
 
 def _holds_stateful(value: object) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_stateful, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_holds_stateful, value))
-    return _kind(value) in ("module", "optimizer", "stateful")
+    if not isinstance(value, _CONTAINERS):
+        return _kind(value) in _STATEFUL
+    items = value.values() if isinstance(value, dict) else value
+    # a container may hold very many things, but they are of few types
+    kinds = set(map(type, items))
+    if any(_kind_of_type(kind) in _STATEFUL for kind in kinds):
+        return True
+    deeper = tuple(kind for kind in kinds if issubclass(kind, _CONTAINERS))
+    return bool(deeper) and any(_holds_stateful(item) for item in items if isinstance(item, deeper))
 
 
 def python_paths(value: object, name: str, path: str) -> Iterator[tuple[str, str]]:

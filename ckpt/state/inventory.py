@@ -53,6 +53,7 @@ class Inventory:
         self._at: dict[int, str] = {}  # address -> name of the first plain tensor that begins there
         self._geometries: dict[tuple[Any, ...], str] = {}  # the same for others that begin at a taken address
         self._objects: dict[int, str] = {}  # id of a tensor that isn't plain -> its name
+        self._whole: dict[tuple[int, ...], Box] = {}  # by shape
 
     def tensor(self, name: str, tensor: torch.Tensor) -> None:
         """Enter a tensor, whole on every rank, or a DTensor, or a subclass that can be taken apart.
@@ -173,8 +174,13 @@ class Inventory:
                 raise _unusable(name, "has no memory (its storage was freed)", "save it before its storage is resized")
         elif self._tied(name, tensor, pointer):
             return
-        pieces = [] if 0 in shape else [Piece(Box(_ORIGINS[len(shape)], shape), _view(tensor))]
-        self.local.tensors[name] = LocalTensor(name, tensor.dtype, shape, pieces)
+        if 0 in shape:
+            self.local.tensors[name] = LocalTensor(name, tensor.dtype, shape, [])
+            return
+        box = self._whole.get(shape)
+        if box is None:
+            box = self._whole[shape] = Box(_ORIGINS[len(shape)], shape)
+        self.local.tensors[name] = LocalTensor(name, tensor.dtype, shape, [Piece(box, _view(tensor))])
 
     def _tied(self, name: str, tensor: torch.Tensor, pointer: int) -> bool:
         """Whether the same elements at the same address are in the inventory; then enters an alias."""

@@ -84,13 +84,15 @@ def build_target(state: Mapping[str, object], saved: SavedState) -> Target:
     index = _Index(saved, [entry.key for entry in entries])
     matching = _Matching(saved, index)
     parameters = Parameters()
+    optimizers = any(entry.kind == "optimizer" for entry in entries)
     for entry in entries:
         if entry.kind == "module":
             matching.module(entry, parameters)
         elif entry.kind == "stateful":
             matching.stateful(entry)
         elif entry.kind != "optimizer":
-            note_parameters(parameters, entry.key, entry.value)
+            if optimizers:
+                note_parameters(parameters, entry.key, entry.value)
             matching.container(entry)
     for entry in entries:
         if entry.kind == "optimizer":
@@ -103,6 +105,8 @@ class _Index:
 
     def __init__(self, saved: SavedState, keys: Iterable[str]) -> None:
         self._tops = frozenset(keys) | saved.entries.keys()
+        # when no entry has a dot in its name, the first part of a name says it all
+        self._simple = not any("." in top for top in self._tops)
         self.tensors: dict[str, list[str]] = {}
         self.values: dict[str, list[str]] = {}
         for names in (saved.tensors, saved.aliases):
@@ -122,6 +126,9 @@ class _Index:
         return self._sorted[start : bisect_left(self._sorted, path + "/", start)]  # the character after the dot
 
     def _top(self, name: str) -> str:
+        if self._simple:
+            first = name.partition(".")[0]
+            return first if first in self._tops else name
         at = len(name)
         while at > 0:
             if name[:at] in self._tops:
@@ -238,7 +245,7 @@ class _Matching:
 
     def _spread(self, part: _Value, path: str, value: Any, parent: Any, slot: Any, *, top: bool = False) -> None:
         """Match a value, by the paths that it is spread over if it is."""
-        if is_spread(value) and path not in self._saved.values:
+        if isinstance(value, dict) and is_spread(value) and path not in self._saved.values:
             for key, item in value.items():
                 self._spread(part, f"{path}.{key}", item, value, key)
         elif isinstance(value, Shard):
@@ -341,6 +348,9 @@ class _Matching:
         for alias, name in inventory.local.aliases.items():
             tied.setdefault(name, []).append(alias)
         for name, local in inventory.local.tensors.items():
+            if name in saved.tensors and name not in tied:
+                target.tensors[name] = local
+                continue
             # A tied tensor is as good under another of its names
             at = next((known for known in (name, *tied.get(name, ())) if saved.find(known) is not None), None)
             if at is None:
@@ -356,9 +366,11 @@ class _Matching:
             self._wanted.add(name)
             self._compare(name, value)
         for key in self._keys:
-            for name in self._index.tensors.get(key, ()):
-                if name not in inventory.live and name not in self._wanted:
-                    target.unexpected.append(name)
+            target.unexpected += [
+                name
+                for name in self._index.tensors.get(key, ())
+                if name not in inventory.live and name not in self._wanted
+            ]
             target.unexpected += [path for path in self._index.values.get(key, ()) if path not in self._wanted]
         target._live = inventory.live
         return target

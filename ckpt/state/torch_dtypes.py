@@ -65,13 +65,15 @@ def as_carrier(tensor: torch.Tensor) -> Array:
     """
     dtype = tensor.dtype
     try:
+        if tensor.requires_grad:
+            tensor = tensor.detach()
         viewed_as = _VIEWED_AS.get(dtype)
         if viewed_as is None:
-            return tensor.detach().numpy().view(_CARRIERS[dtype])
+            return tensor.numpy().view(_CARRIERS[dtype])
         if tensor.is_conj() or tensor.is_neg():
             raise RuntimeError("its conjugate or negative bit is set: call .resolve_conj().resolve_neg() first")
         # .view of a dtype that numpy knows has the same size, hence works for any strides
-        return tensor.detach().view(viewed_as).numpy().view(_CARRIERS[dtype])
+        return tensor.view(viewed_as).numpy().view(_CARRIERS[dtype])
     except (TypeError, RuntimeError, KeyError) as error:
         reason = _refusal(dtype) if dtype not in _DTYPES else f"a tensor's memory can't be viewed: {error}"
         raise UnsupportedValueError(reason) from error
@@ -83,11 +85,15 @@ def bytes_view(tensor: torch.Tensor) -> memoryview:
     It shares the tensor's memory and keeps it alive; only a conjugated or negated tensor is copied first, since its
     memory holds other values. Raises ValueError if the tensor is not contiguous, and what `as_carrier` raises.
     """
-    if tensor.is_conj() or tensor.is_neg():
-        tensor = tensor.resolve_conj().resolve_neg().contiguous()
-    elif not tensor.is_contiguous():
+    if not tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous")
-    return as_carrier(tensor).reshape(-1).view(np.uint8).data
+    try:
+        array = as_carrier(tensor)
+    except UnsupportedValueError:
+        if not (tensor.is_conj() or tensor.is_neg()):
+            raise
+        array = as_carrier(tensor.resolve_conj().resolve_neg().contiguous())
+    return (array if array.ndim == 1 else array.reshape(-1)).view(np.uint8).data
 
 
 def from_carrier(array: Array, dtype: torch.dtype) -> torch.Tensor:

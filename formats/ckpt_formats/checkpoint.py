@@ -18,11 +18,11 @@ from ckpt_formats.arrays import AnyArray
 from ckpt_formats.dtypes import DType
 from ckpt_formats.errors import FormatError, MissingTensorError
 from ckpt_formats.geometry import Box
+from ckpt_formats.json_text import parse_json
 from ckpt_formats.locations import LocationMap
 from ckpt_formats.manifest import BLOB_PREFIX, Manifest, TensorMeta, rank_blob
 from ckpt_formats.native.reader import open_native
 from ckpt_formats.reading import Reader, ReadStats, Request
-from ckpt_formats.safetensors_file import parse_json
 from ckpt_formats.values.tree import brief
 
 Index = int | slice | EllipsisType

@@ -6,7 +6,6 @@ Reads them and turns them to bytes; publishing these is for whoever may change f
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -14,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckpt_formats.errors import CorruptionError, FactsError, FormatError, UnknownVersionError
+from ckpt_formats.json_text import parse_json, to_json
 from ckpt_formats.native import names
-from ckpt_formats.safetensors_file import parse_json
 from ckpt_formats.sealed import is_whole, seal
 from ckpt_formats.sources import open_plain
 from ckpt_formats.values.tree import brief
@@ -88,7 +87,7 @@ def encode(facts: Facts) -> bytes:
         "tags": list(facts.tags),
         "pinned": bool(facts.pinned),
     }
-    data = seal(json.dumps(tree, separators=(",", ":"), allow_nan=False).encode("ascii"))
+    data = seal(to_json(tree))
     if len(data) > MAX_SIZE:
         raise FactsError(f"the tags and metrics of a checkpoint would take {len(data)} bytes; at most {MAX_SIZE} fit")
     return data

@@ -6,8 +6,9 @@ ones). Chunks are kept by the page, column by column, and pages are fetched when
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -170,10 +171,12 @@ class Manifest:
 
     def require_cover(self, meta: TensorMeta) -> None:
         """Raise CoverageError unless the chunks of a tensor cover it exactly."""
-        if meta.rows:
-            self.page(meta.page)
         if meta.name in self._covered:
             return
+        if meta.rows:
+            self.page(meta.page)
+            if meta.name in self._covered:
+                return
         try:
             check_cover(meta.shape, *self._boxes(meta))
         except CoverageError as error:
@@ -193,7 +196,7 @@ class Manifest:
         rows = slice(meta.row, meta.row + meta.rows)
         return page.offset[rows, :ndim], page.size[rows, :ndim]
 
-    def _plainly_covered(self, number: int, page: ChunkRows) -> Iterator[str]:
+    def _plainly_covered(self, number: int, page: ChunkRows) -> Iterable[str]:
         """Tensors of a page that are covered exactly for a simple reason, found for all of them at once.
 
         The reason: they are cut along one dimension at most, and each chunk begins where the one before it ends. Others
@@ -201,12 +204,17 @@ class Manifest:
         """
         metas = [meta for meta in self.tensors.values() if meta.rows and meta.page == number]
         if not metas:
-            return
+            return ()
+        # column by column: what is done for each tensor counts where there are many
+        names, _, of_tensor, _, row, count, _ = zip(*metas, strict=True)
         width = page.size.shape[1]
-        shapes = np.array([(*meta.shape, *(1,) * (width - len(meta.shape))) for meta in metas], np.int64)
-        first = np.array([meta.row for meta in metas], np.int64)
-        last = np.array([meta.row + meta.rows for meta in metas], np.int64) - 1
-        tensor = np.repeat(np.arange(len(metas)), last - first + 1)
+        ndim = np.fromiter(map(len, of_tensor), np.int64, len(metas))
+        shapes = np.ones((len(metas), width), np.int64)
+        shapes[np.arange(width) < ndim[:, None]] = np.fromiter(itertools.chain.from_iterable(of_tensor), np.int64)
+        first = np.array(row, np.int64)
+        rows_of = np.array(count, np.int64)
+        last = first + rows_of - 1
+        tensor = np.repeat(np.arange(len(metas)), rows_of)
         cut = np.logical_or.reduceat((page.offset != 0) | (page.size != shapes[tensor]), first, axis=0)
         dim = cut.argmax(axis=1)
         rows = np.arange(len(tensor))
@@ -216,5 +224,4 @@ class Manifest:
         follows[1:] = start[1:] == stop[:-1]
         follows[first] = start[first] == 0
         plain = np.logical_and.reduceat(follows, first) & (stop[last] == shapes[np.arange(len(metas)), dim])
-        for position in np.flatnonzero(plain & (cut.sum(axis=1) <= 1)):
-            yield metas[position].name
+        return itertools.compress(names, (plain & (cut.sum(axis=1) <= 1)).tolist())

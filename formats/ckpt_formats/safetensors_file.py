@@ -17,6 +17,7 @@ import numpy as np
 
 from ckpt_formats.arrays import AnyArray, Buffer
 from ckpt_formats.errors import FormatError
+from ckpt_formats.json_text import parse_json
 
 ALIGNMENT = 4096
 """Headers are padded to a multiple of this, and large chunks begin at one: what direct I/O needs."""
@@ -93,32 +94,6 @@ def header_bound(entries: Iterable[tuple[str, str, Sequence[int], int, int]]) ->
     entry = len(':{"dtype":"F8_E4M3FNUZ","shape":[],"data_offsets":[,]},') + 3 * digits
     pad = len(f'"{PAD_PREFIX}.{count}":{{"dtype":"U8","shape":[{ALIGNMENT}],"data_offsets":[,]}},') + 2 * digits
     return -(-(8 + 2 + texts + count * (entry + pad)) // ALIGNMENT) * ALIGNMENT
-
-
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object_pairs_hook for json.loads that refuses duplicate keys."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise FormatError(f"the name {key!r} occurs twice in one JSON object")
-            seen.add(key)
-    return result
-
-
-def parse_json(text: Buffer, what: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises FormatError that names `what`."""
-
-    def refuse(token: str) -> Any:
-        raise FormatError(f"{what}: {token} is not JSON")
-
-    try:
-        return json.loads(bytes(text).decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=refuse)
-    except FormatError as error:
-        raise FormatError(f"{what}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{what}: not valid JSON ({error})") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What is done after commits is done by the agent, for every checkpoint in its order, although trainers died."""
+"""What is done after commits is done by the agent, for every checkpoint, although the trainers died."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ def test_what_follows_commits_is_done_although_the_trainers_died(tmp_path: Path)
     run_ranks(save_and_die, 2, str(tmp_path), allow_death=True)
     until(lambda: agents() <= before, "the agent to end")
     # one that failed did not keep the next from being done
-    assert (tmp_path / "record").read_text().split() == ["0", "1", "2", "3"]
+    assert sorted((tmp_path / "record").read_text().split()) == ["0", "1", "2", "3"]

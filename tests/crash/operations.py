@@ -1,4 +1,4 @@
-"""Every operation of a save on the file system, counted, and one of them made to fail or to kill.
+"""Every operation of a save on the file system, counted, and one or two of them made to fail or to kill.
 
 `Faulty` is the `Files` of a save; which operation comes to harm, and how, is a `Fault`.
 """
@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -23,52 +25,89 @@ class Operation(NamedTuple):
     path: str
 
 
-class Fault(NamedTuple):
-    """What happens to operation `point`, counted from 0."""
+class Spot(NamedTuple):
+    """An operation by what it is: the same in each run, whatever the order in which threads come."""
 
-    point: int
-    when: str
-    """`before` the operation, `after` it, or `half`way through it, which only writes can be."""
-    error: int | None
-    """The errno of the OSError that it ends in; None for a kill -9."""
+    kind: str
+    name: str
+    """What it is done to, without what differs from run to run."""
+    nth: int
+    """How many like it came before."""
 
     def __str__(self) -> str:
-        what = "killed" if self.error is None else os.strerror(self.error)
+        return f"{self.kind} {self.name}" + (f" ({self.nth + 1})" if self.nth else "")
+
+
+class Fault(NamedTuple):
+    """What happens to operation `point`: the one of that number, counted from 0, or the one at that spot."""
+
+    point: int | Spot
+    when: str
+    """`before` the operation, `after` it, or `half`way through it, which only writes and messages can be."""
+    error: int | None
+    """The errno of the OSError that it ends in; None for a kill -9; 0 for no error at all: it was not done, or half,
+    and nobody is told.
+    """
+
+    def __str__(self) -> str:
+        what = "killed" if self.error is None else os.strerror(self.error) if self.error else "lost"
         return f"{what} {self.when} operation {self.point}"
+
+
+_CHANCE = re.compile(r"[0-9a-f]{16}")
+"""Attempt ids."""
 
 
 @dataclass
 class Watch:
-    """Counts operations, and lets a fault happen.
+    """Counts operations, and lets faults happen.
 
     Attributes:
+        fault, second: what is to happen; the second one for pairs.
         seen: the operations so far.
-        happened: whether the fault did happen.
+        spots: the same by what they are, relative to the folder `root`.
+        happened: whether a fault did happen.
+        tell: called with each spot before anything happens there.
     """
 
     fault: Fault | None = None
     seen: list[Operation] = field(default_factory=list)
     happened: bool = False
+    second: Fault | None = None
+    root: str = ""
+    spots: list[Spot] = field(default_factory=list)
+    tell: Callable[[Spot], None] | None = None
+    _counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def step(self, kind: str, path: str, act: Callable[[], None], half: Callable[[], None] | None = None) -> None:
-        """Do one operation."""
+    def step(self, kind: str, path: str, act: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
+        """Do one operation, and return what it returns."""
         with self._lock:
             point = len(self.seen)
             self.seen.append(Operation(kind, path))
-        fault = self.fault
-        if fault is None or fault.point != point or (fault.when == "half" and half is None):
-            act()
-            return
+            name = _CHANCE.sub("*", os.path.relpath(path, self.root) if os.path.isabs(path) and self.root else path)
+            spot = Spot(kind, name, self._counts[kind, name])
+            self._counts[kind, name] += 1
+            self.spots.append(spot)
+        if self.tell is not None:
+            self.tell(spot)
+        for fault in (self.fault, self.second):
+            if fault is not None and fault.point in (point, spot) and (fault.when != "half" or half is not None):
+                return self._harm(fault, path, act, half)
+        return act()
+
+    def _harm(self, fault: Fault, path: str, act: Callable[[], Any], half: Callable[[], Any] | None) -> Any:
         self.happened = True
+        done = None
         if fault.when == "half" and half is not None:
-            half()
+            done = half()
         elif fault.when == "after":
-            act()
+            done = act()
         if fault.error is None:
             os.kill(os.getpid(), signal.SIGKILL)
-        else:
+        if fault.error:
             raise OSError(fault.error, os.strerror(fault.error), path)
+        return done
 
 
 class _WatchedFile(File):

@@ -200,7 +200,7 @@ def _check_rows(rows: IndexRows, root: Root, number: int, what: str) -> None:
     fail("it ends past the end of its file", rows.start > sizes[rows.file] - rows.length)
 
     metas = [meta for meta in root.tensors.values() if meta.rows and meta.page == number]
-    counts = [meta.rows for meta in metas]
+    counts = np.array([meta.rows for meta in metas], dtype=np.int64)
     itemsize = np.repeat(np.array([meta.dtype.itemsize for meta in metas], dtype=np.int64), counts)
     ndim = np.repeat(np.array([len(meta.shape) for meta in metas], dtype=np.int64), counts)
     width = rows.size.shape[1]

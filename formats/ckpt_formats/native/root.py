@@ -5,18 +5,18 @@ Knows nothing of where the root lies or how it is published.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from ckpt_formats.dtypes import DType
 from ckpt_formats.dtypes import dtype as dtype_named
 from ckpt_formats.errors import CorruptionError, FormatError, StateError, UnknownDtypeError, UnknownVersionError
+from ckpt_formats.json_text import parse_json, to_json
 from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.native import names
-from ckpt_formats.safetensors_file import ALIGNMENT, is_index, parse_json
+from ckpt_formats.safetensors_file import ALIGNMENT, is_index
 from ckpt_formats.sealed import TAIL_SIZE, is_whole, seal
 from ckpt_formats.values.tree import brief
 
@@ -70,18 +70,12 @@ class Root:
 def encode(root: Root) -> bytes:
     """The bytes of manifest.json. Raises StateError if they are more than a reader takes."""
     tensors: dict[str, dict[str, object]] = {}
-    for meta in root.tensors.values():
-        item: dict[str, object] = {
-            "dtype": meta.dtype.name,
-            "shape": meta.shape,
-            "page": meta.page,
-            "row": meta.row,
-            "rows": meta.rows,
-        }
-        if meta.cut is not None:
-            item["cut"] = meta.cut
-        tensors[meta.name] = item
-    body = json.dumps(
+    for name, dtype, shape, page, row, rows, cut in root.tensors.values():
+        item: dict[str, object] = {"dtype": dtype.name, "shape": shape, "page": page, "row": row, "rows": rows}
+        if cut is not None:
+            item["cut"] = cut
+        tensors[name] = item
+    body = to_json(
         {
             "format": FORMAT,
             "version": VERSION,
@@ -97,10 +91,8 @@ def encode(root: Root) -> bytes:
             "aliases": root.aliases,
             "values": root.values,
             "tensors": tensors,
-        },
-        separators=(",", ":"),
-        allow_nan=False,
-    ).encode("utf-8")
+        }
+    )
     if len(body) + TAIL_SIZE > MAX_SIZE:
         raise StateError(
             f"the manifest would have {len(body)} bytes, more than the {MAX_SIZE} that readers take; "
@@ -251,6 +243,7 @@ class _Checker:
     def tensors(self, tree: dict[str, Any], pages: Sequence[PageFile], cut_count: int) -> dict[str, TensorMeta]:
         tensors: dict[str, TensorMeta] = {}
         page_count = len(pages)
+        known: dict[str, DType] = {}
         at_page = at_row = 0
         previous = ""
         for name, item in tree.items():
@@ -259,18 +252,12 @@ class _Checker:
             previous = name
             if not isinstance(item, dict):
                 self.fail(f"tensor {brief(name)} is not an object")
-            shape, page, row, rows, cut = (
-                item.get("shape"),
-                item.get("page"),
-                item.get("row"),
-                item.get("rows"),
-                item.get("cut"),
-            )
-            if not isinstance(shape, list) or len(shape) > MAX_NDIM or not all(map(is_index, shape)):
-                self.fail(f"tensor {brief(name)} has an impossible shape")
+            get: Callable[[str], Any] = item.get
+            shape, page, row, rows, cut = get("shape"), get("page"), get("row"), get("rows"), get("cut")
             if cut is not None and not (is_index(cut) and cut < cut_count):
                 self.fail(f'tensor {brief(name)} refers to a cut that "layout.cuts" does not have')
-            if not (is_index(page) and is_index(row) and is_index(rows)):
+            # is_index, but for the upper bounds, which are those of the pages
+            if not (type(page) is type(row) is type(rows) is int and page >= 0 and row >= 0 and rows >= 0):
                 self.fail(f"tensor {brief(name)} has no place in the index")
             if rows:
                 if page != at_page:
@@ -282,17 +269,29 @@ class _Checker:
                 at_row += rows
             elif page or row:
                 self.fail(f"tensor {brief(name)} has no chunks but a place in the index")
-            dtype = self.dtype(name, item.get("dtype"))
-            nbytes = dtype.itemsize
-            for size in shape:
-                nbytes *= size or 1
-            # no array library can hold a shape of which this is not true, not even when it has no elements
-            if nbytes >= 1 << 63:
+            named = get("dtype")
+            dtype = known.get(named) if type(named) is str else None
+            if dtype is None:
+                dtype = self.dtype(name, named)
+                known[dtype.name] = dtype
+            if not _is_possible(shape, dtype.itemsize):
                 self.fail(f"tensor {brief(name)} has an impossible shape")
             tensors[name] = TensorMeta(name, dtype, tuple(shape), page, row, rows, cut)
         if any(page.rows for page in pages[at_page + 1 :]) or (page_count and at_row != pages[at_page].rows):
             self.fail("the index has rows that belong to no tensor")
         return tensors
+
+
+def _is_possible(shape: Any, itemsize: int) -> bool:
+    """Whether this is a shape that an array library can hold: without its zeros, it must fit 63 bits."""
+    if type(shape) is not list or len(shape) > MAX_NDIM:
+        return False
+    nbytes = itemsize
+    for size in shape:
+        if type(size) is not int or size < 0:
+            return False
+        nbytes *= size or 1
+    return nbytes < 1 << 63
 
 
 def _is_mesh(item: Any) -> bool:

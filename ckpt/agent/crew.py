@@ -1,0 +1,106 @@
+"""The agents of a run, one per node, and what each of them does for a save beyond writing its own ranks' parts.
+
+The agent of rank 0's node leads: it merges the parts and commits (leading.py). The others tell it what they captured,
+wrote, or could not, and learn from it what became of the save (following.py). Knows no sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckpt.agent.wire import Message
+from ckpt.events import Phase
+from ckpt.saving.commit import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Which agent this is, of which.
+
+    Attributes:
+        node: the name of this agent's node.
+        nodes: for each rank, the name of its node.
+    """
+
+    node: str
+    nodes: Sequence[str]
+
+    @property
+    def leader(self) -> str:
+        """The node whose agent commits."""
+        return self.nodes[0]
+
+    @property
+    def others(self) -> list[str]:
+        """The other nodes."""
+        return [node for node in dict.fromkeys(self.nodes) if node != self.node]
+
+    def ranks(self, node: str) -> list[int]:
+        """The ranks on a node."""
+        return [rank for rank, name in enumerate(self.nodes) if name == node]
+
+    def where(self, rank: int) -> str:
+        """` on node b`, when there are several and it is known."""
+        return f" on node {self.nodes[rank]}" if rank < len(self.nodes) and len(set(self.nodes)) > 1 else ""
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """`rank 3`, or `ranks 0 to 3, 6`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a} to {b}" if b > a + 1 else f"{a}, {b}" for a, b in runs)
+    return f"rank {text}" if len(runs) == 1 and runs[0][0] == runs[0][1] else f"ranks {text}"
+
+
+class Committer(Protocol):
+    """What an agent needs to be done about saves, whether it leads or follows."""
+
+    def begin(self, message: Message) -> None:
+        """Rank 0 opens a save, before any rank captures for it. Raises RankError if it can't be committed."""
+        ...
+
+    def captured(self, attempt: str, rank: int, path: str, step: int | None) -> None:
+        """The rank's part lies in its slot: it is not needed any more. `path` is the folder of its node."""
+        ...
+
+    def phase(self, attempt: str, rank: int) -> Phase:
+        """The phase in which this agent writes a rank's part."""
+        ...
+
+    def prepared(self, attempt: str, rank: int, part: Part) -> None:
+        """The rank's part is on stable storage."""
+        ...
+
+    def failed(self, attempt: str, why: str, kind: str) -> None:
+        """The save can't be done; `kind` is the error's class."""
+        ...
+
+    def failing(self, attempt: str) -> bool:
+        """Whether the save has failed: what is still written for it is to be removed."""
+        ...
+
+    def discard(self, attempt: str) -> None:
+        """Remove what this agent has written for a save."""
+        ...
+
+    def left(self, rank: int) -> None:
+        """A trainer of this node is gone: what it has not captured will never be."""
+        ...
+
+    def wait(self, attempt: str, until: str, timeout: float) -> Message:
+        """The state of a save when it is captured by all (until "captured") or over, or when the time is up."""
+        ...
+
+    def busy(self) -> bool:
+        """Whether a save is under way, or something is left to tell the other agents."""
+        ...
+
+    def close(self) -> None:
+        """Leave the other agents."""
+        ...

@@ -1,0 +1,209 @@
+"""The levels of a run as a user names them, and as they are known once names, places and rules are settled.
+
+    tiers=[ckpt.Disk(every=50, keep=3), ckpt.Remote("s3://bucket/a", every=500)]
+
+Saves are committed on the first; from there they flow to the others. Knows no files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any as Anything
+
+from ckpt.levels.every import Every, EveryLike, every
+from ckpt.levels.policies import Any, BestN, EveryN, LatestN, Policy, policy
+from ckpt_formats.errors import StateError
+
+__all__ = ["Disk", "Level", "Remote", "is_url", "levels_from_json", "levels_to_json", "settle"]
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A folder on a local or mounted file system."""
+
+    path: str | os.PathLike[str] | None = None
+    """Where the checkpoints lie; by default in the run's own folder."""
+    every: EveryLike | None = None
+    """How often; by default as often as the Checkpointer says, and on a further level, each checkpoint."""
+    keep: Policy | int | None = None
+    """Which checkpoints stay; by default as the Checkpointer says, and on a further level, all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """An object store, or whatever else fsspec reaches."""
+
+    url: str
+    """Where the checkpoints lie, such as s3://bucket/run."""
+    every: EveryLike | None = None
+    """Which of the checkpoints on disk go there; by default each."""
+    keep: Policy | int | None = None
+    """Which checkpoints stay there; by default all."""
+    options: Mapping[str, Anything] = field(default_factory=dict, repr=False)
+    """For fsspec's file system, such as {"endpoint_url": …}. Handed to the agent in memory and written nowhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """A level, settled."""
+
+    name: str
+    """disk, remote; of a second one of a kind, disk2, remote2."""
+    place: str
+    """An absolute path or a URL."""
+    every: Every | None
+    """None: each checkpoint that is on the first level."""
+    keep: Policy | None
+    """None: all."""
+    options: Mapping[str, Anything] = field(default_factory=dict, repr=False)
+
+    @property
+    def remote(self) -> bool:
+        return is_url(self.place)
+
+
+def is_url(place: str) -> bool:
+    """Whether a place is a URL, not a path."""
+    return "://" in place
+
+
+def settle(
+    run: str, tiers: Sequence[Disk | Remote], frequency: EveryLike | None, keep: Policy | int | None
+) -> list[Level]:
+    """The levels of a run, the one that saves are committed on first.
+
+    That is the first disk. A run with remote levels only gets one, in its own folder, that keeps the newest checkpoint.
+
+    Args:
+        run: the run's folder, absolute.
+        tiers: as the user gave them; none means a disk.
+        frequency, keep: what holds for the first level when it does not say.
+
+    Raises:
+        StateError: they contradict each other.
+    """
+    disks = [tier for tier in tiers if isinstance(tier, Disk)]
+    if disks:
+        first = disks[0]
+    else:
+        first = Disk(every=tiers[0].every, keep=1) if tiers else Disk()
+    levels: list[Level] = []
+    for tier in (first, *(tier for tier in tiers if tier is not first)):
+        place = _place(run, tier)
+        main = not levels
+        said = tier.every if tier.every is not None or not main else ("auto" if frequency is None else frequency)
+        stays = tier.keep if tier.keep is not None or not main else keep
+        level = Level(
+            name=_name(tier, levels),
+            place=place,
+            every=None if said is None else every(said),
+            keep=None if stays is None else _known(policy(stays)),
+            options=dict(tier.options) if isinstance(tier, Remote) else {},
+        )
+        if not main and level.every is not None and level.every.auto:
+            raise StateError(
+                f'{level.name}: every="auto" is for the level that saves are committed on, {levels[0].name}; give '
+                "this one steps or a time"
+            )
+        if any(other.place == place for other in levels):
+            raise StateError(f"two levels lie in {place}; give each a place of its own")
+        levels.append(level)
+    _require_json(levels)
+    return levels
+
+
+def _place(run: str, tier: Disk | Remote) -> str:
+    if isinstance(tier, Disk):
+        place = run if tier.path is None else os.fspath(tier.path)
+        if is_url(place):
+            raise StateError(f"Disk({place!r}) is a URL; name it as Remote({place!r}), beside a folder for the run")
+        return os.path.abspath(place)
+    if not is_url(tier.url):
+        raise StateError(f"Remote({tier.url!r}) is no URL; name a mounted folder as Disk({tier.url!r})")
+    return tier.url.rstrip("/")
+
+
+def _name(tier: Disk | Remote, before: Sequence[Level]) -> str:
+    kind = "disk" if isinstance(tier, Disk) else "remote"
+    count = sum(level.name.rstrip("0123456789") == kind for level in before)
+    return kind if not count else f"{kind}{count + 1}"
+
+
+def _known(rule: Policy) -> Policy:
+    """A policy that can be told to another process: the agent prunes."""
+    _policy_to_json(rule)
+    return rule
+
+
+def _require_json(levels: Sequence[Level]) -> None:
+    for level in levels:
+        try:
+            json.dumps(dict(level.options), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise StateError(
+                f"the options of {level.name} can't be handed to the agent, which is another process ({error}); give "
+                "text, numbers, lists and mappings"
+            ) from None
+
+
+# --- for the agent
+
+
+def levels_to_json(levels: Sequence[Level], *, options: bool) -> list[dict[str, Anything]]:
+    """Levels as JSON; with their options, which may have secrets in them, or without."""
+    return [
+        {
+            "name": level.name,
+            "place": level.place,
+            "every": None if level.every is None else {"steps": level.every.steps, "seconds": level.every.seconds},
+            "keep": None if level.keep is None else _policy_to_json(level.keep),
+            **({"options": dict(level.options)} if options else {}),
+        }
+        for level in levels
+    ]
+
+
+def levels_from_json(tree: Sequence[Mapping[str, Anything]]) -> list[Level]:
+    """The inverse of levels_to_json. Raises KeyError, TypeError or ValueError for what it did not write."""
+    return [
+        Level(
+            name=str(item["name"]),
+            place=str(item["place"]),
+            every=None if item["every"] is None else Every(item["every"]["steps"], item["every"]["seconds"]),
+            keep=None if item["keep"] is None else _policy_from_json(item["keep"]),
+            options=item.get("options", {}),
+        )
+        for item in tree
+    ]
+
+
+def _policy_to_json(rule: Policy) -> dict[str, Anything]:
+    match rule:
+        case LatestN(n):
+            return {"latest": n}
+        case EveryN(steps):
+            return {"every": steps}
+        case BestN(n, metric, mode):
+            return {"best": [n, metric, mode]}
+        case Any():
+            return {"any": [_policy_to_json(one) for one in rule.policies]}
+    raise StateError(
+        f"keep={rule!r}: the agent, which is another process, removes what is not kept, and can't be told this rule; "
+        "give LatestN, EveryN, BestN, or Any of them"
+    )
+
+
+def _policy_from_json(tree: Mapping[str, Anything]) -> Policy:
+    ((kind, value),) = tree.items()
+    if kind == "latest":
+        return LatestN(value)
+    if kind == "every":
+        return EveryN(value)
+    if kind == "best":
+        return BestN(*value)
+    if kind == "any":
+        return Any(*map(_policy_from_json, value))
+    raise ValueError(f"no policy is called {kind!r}")

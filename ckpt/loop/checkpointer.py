@@ -1,0 +1,285 @@
+"""Checkpointer: the object around a training loop.
+
+    with ckpt.Checkpointer("runs/a", state, every="10min", keep=3) as run:
+        for step in run.steps(10_000):
+            ...                            # forward, backward, optimizer.step(): unchanged
+
+Goes on where the run was left, saves without stopping the training, moves checkpoints to further levels in the
+background, and saves a last time when it is told to stop. docs/loop.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from types import TracebackType
+from typing import Literal, Self
+
+from ckpt.agent.saver import AsyncSaver, CaptureMode
+from ckpt.collective import Collective, ProcessGroup
+from ckpt.levels.every import EveryLike, seconds
+from ckpt.levels.note import ENTRY, Note
+from ckpt.levels.policies import Policy
+from ckpt.levels.tiers import Disk, Level, Remote, is_url, settle
+from ckpt.loop.agreement import Agreement
+from ckpt.loop.interruption import Interruption, Notice, reason
+from ckpt.loop.lead import Lead
+from ckpt.loop.resume import resume
+from ckpt.planning.interval import NODE_MTBF
+from ckpt_formats.errors import (
+    CheckpointError,
+    CoverageError,
+    SaveFailedError,
+    StateError,
+    UnsupportedValueError,
+    ValuesDifferError,
+)
+from ckpt_formats.native import names
+
+__all__ = ["Checkpointer"]
+
+_UNSAVEABLE = (StateError, UnsupportedValueError, ValuesDifferError, CoverageError)
+"""What is wrong with a state, and will be at the next step too."""
+
+log = logging.getLogger("ckpt")
+
+
+class Checkpointer:
+    """Saves a run while it trains, and goes on where it was left. Collective: every rank makes one, alike.
+
+    Args:
+        run: the run's folder, which all ranks reach; it is made. Holds the checkpoints `step_00000100`, unless a Disk
+            says otherwise, and what says which levels the run has.
+        state: as for `ckpt.save`. Loaded in place when the run has checkpoints.
+        every: how often to save: a number of steps, a time such as "10min" or a timedelta, or "auto", which weighs
+            what saves cost the training against the work that a failure would lose (after Young and Daly).
+        keep: which checkpoints stay: the n newest for a number, or LatestN, EveryN, BestN or Any of them; all without.
+        tiers: levels, when there are several: Disk and Remote. Saves are committed on the first disk, and flow to the
+            others in the background.
+        mtbf: for "auto", the mean time between failures of the whole job; by default what is known of large clusters.
+        preemption: says that this machine will be taken away: a function without arguments that returns whether it
+            will, called about every second, or the path of a file that appears then. Asked on every rank.
+        signals: which signals ask for a last save and the end of the loop.
+        on_error: what follows upon a save that fails: "log" says so and trains on, "raise" raises at the end of a
+            later step, on every rank. A state that can't be saved at all is raised at once in either case.
+        capture: as for `ckpt.async_save`.
+        process_group: the ranks that take part; the default group when there is one, else this process alone.
+
+    Attributes:
+        path: the run's folder.
+        step: the last step that was completed: of the checkpoint gone on from, then of the loop. 0 before the first.
+        resumed: the checkpoint that was gone on from, None when the run began anew.
+        stopped: why the loop ended before its last step: the name of a signal, "preemption notice", "stop()"; else
+            None.
+        levels: the levels, settled.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        state: MutableMapping[str, object],
+        *,
+        every: EveryLike | None = None,
+        keep: Policy | int | None = None,
+        tiers: Sequence[Disk | Remote] = (),
+        mtbf: float | str | timedelta | None = None,
+        preemption: Notice | None = None,
+        signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1),
+        on_error: Literal["log", "raise"] = "log",
+        capture: CaptureMode = "lazy",
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        if is_url(os.fspath(run)):
+            raise StateError(
+                f"{run!r} is a URL; name a local or mounted folder for the run, and the URL in tiers=[ckpt.Remote(…)]"
+            )
+        if on_error not in ("log", "raise"):
+            raise StateError(f'on_error={on_error!r}: give "log" or "raise"')
+        if ENTRY in state:
+            raise StateError(f"the entry {ENTRY!r} of the state is the Checkpointer's own; rename yours")
+        self.path = os.path.abspath(os.fspath(run))
+        self.levels: list[Level] = settle(self.path, tiers, every, keep)
+        self.step = 0
+        self.resumed: str | None = None
+        self.stopped: str | None = None
+        self._state = state
+        self._mtbf = None if mtbf is None else seconds(mtbf, "mtbf")
+        self._raises = on_error == "raise"
+        self._capture: CaptureMode = capture
+        self._process_group = process_group
+        self._interruption = Interruption(signals, preemption)
+        self._metrics: dict[str, float] = {}
+        self._asked = False
+        self._saved: int | None = None
+        """The step of the newest save that was begun."""
+        self._over = ExitStack()
+        # made on entering
+        self._agreement: Agreement
+        self._saver: AsyncSaver
+        self._lead: Lead | None = None
+        """On rank 0."""
+
+    # its life
+
+    def __enter__(self) -> Self:
+        """Take the run, start the agent, and load the newest checkpoint. Collective.
+
+        Raises:
+            SaveFailedError: another job saves into this run, or it can't be written to, or the agent does not start.
+            What `ckpt.load` raises; CorruptionError if all checkpoints of the run are damaged.
+        """
+        with ExitStack() as stack:
+            self._agreement = Agreement(self._process_group)
+            self._process_group = self._agreement.group or self._process_group
+            group = Collective(self._process_group)
+            hosts = group.gather(socket.gethostname().encode())
+            failure: BaseException | None = None
+            try:
+                if hosts is not None:  # on rank 0
+                    mtbf = self._mtbf or NODE_MTBF / len(set(hosts))
+                    self._lead = stack.enter_context(Lead(self.path, self.levels, mtbf))
+            except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+                failure = error
+            group.agree(failure)
+            resumed = resume(self._state, self.levels, self._process_group)
+            if resumed is not None:
+                self.step, self.resumed = resumed
+                self._saved = resumed.step
+            self._saver = AsyncSaver()
+            stack.callback(self._saver.close)
+            self._saver.start(group)
+            if self._lead is not None:
+                self._lead.follow(self._saver)
+            self._interruption.start()
+            stack.callback(self._interruption.close)
+            self._over = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait until what was saved is committed, and is where it has to go; after an error in the block, don't.
+
+        Raises:
+            SaveFailedError: the last save failed, so that the end of the training is not stored.
+        """
+        with self._over:
+            if kind is None:
+                self._finish()
+
+    def _finish(self) -> None:
+        """Collective."""
+        self._agreement.read(self._flags())
+        self._saver.settle()
+        failure: BaseException | None = None
+        if self._lead is not None:
+            try:
+                self._lead.finish()
+            except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+                failure = error
+        Collective(self._process_group).agree(failure)
+        self._agreement.close()
+
+    # the loop
+
+    def steps(self, total: int) -> Iterator[int]:
+        """The numbers of the steps that are left, up to `total`, counting from 1 and from the beginning of the run.
+
+        When the loop asks for the next, the step is complete, and saved if that is due. The last one always is. Ends
+        early when any rank was told to stop: then `stopped` says why, and the last step that was yielded is saved.
+
+        Raises:
+            SaveFailedError: a save failed, with on_error="raise".
+            StateError and the like: the state can't be saved.
+            RankError: another rank died.
+        """
+        for step in range(self.step + 1, total + 1):
+            yield step
+            self.step = step
+            if self._after(step, last=step == total):
+                return
+
+    def save(self) -> None:
+        """Save at the end of this step, whatever is due. Every rank calls it."""
+        self._asked = True
+
+    def stop(self) -> None:
+        """End the loop soon, on a step that all ranks agree on, with a last save. One rank is enough."""
+        self._interruption.ask()
+
+    def log(self, **metrics: float) -> None:
+        """Note metrics of this step, such as loss=2.3. Those that rank 0 has noted are recorded beside a checkpoint of
+        this step, where BestN and `ckpt tag` find them.
+        """
+        self._metrics.update({name: float(value) for name, value in metrics.items()})
+
+    def _after(self, step: int, *, last: bool) -> bool:
+        """The end of a step. Returns whether it is the last."""
+        flags = self._agreement.read(self._flags())
+        told, failed, *due = flags
+        if told and not last:
+            self.stopped = reason(told)
+            if self._lead is not None:
+                log.warning("was told to stop (%s): saves step %d, and ends", self.stopped, step)
+            last = True
+        if failed and self._raises:
+            raise self._failure()
+        everywhere = last or self._asked
+        levels = [
+            level
+            for level, flag in zip(self.levels, due, strict=True)
+            if everywhere or flag or (level.every is not None and level.every.due(step))
+        ]
+        if levels and self._saved != step:
+            # where every checkpoint goes
+            names_of = [level.name for level in self.levels if level in levels or level.every is None]
+            self._save(step, names_of)
+        self._asked = False
+        self._metrics.clear()
+        if not last:
+            self._agreement.announce(self._flags())
+        return last
+
+    def _flags(self) -> list[int]:
+        """What this rank would have all ranks know: that it was told to stop, that a save failed, which levels are due
+        by the clock.
+        """
+        if self._lead is None:
+            return [self._interruption.told, 0, *(0 for _ in self.levels)]
+        due = self._lead.due(time.monotonic())
+        return [self._interruption.told, int(self._lead.failed is not None), *map(int, due)]
+
+    def _save(self, step: int, levels: Sequence[str]) -> None:
+        path = os.path.join(self.levels[0].place, names.step_folder(step))
+        self._saved = step
+        try:
+            state = {**self._state, ENTRY: self._note(levels).tree()}
+            pending = self._saver.save(state, path, step=step, process_group=self._process_group, capture=self._capture)
+        except _UNSAVEABLE:
+            raise
+        except (CheckpointError, OSError) as error:
+            if self._lead is not None:
+                self._lead.begun(step, levels, error)
+            if self._raises:
+                raise
+            return
+        if self._lead is not None:
+            self._lead.begun(step, levels, pending)
+
+    def _note(self, levels: Sequence[str]) -> Note:
+        """What goes into the checkpoint beside the state, the same on all ranks."""
+        group = Collective(self._process_group)
+        mine = json.dumps(self._metrics).encode() if group.rank == 0 else None
+        return Note(frozenset(levels), json.loads(group.broadcast(mine)))
+
+    def _failure(self) -> BaseException:
+        if self._lead is not None and self._lead.failed is not None:
+            return self._lead.failed
+        return SaveFailedError("a save failed; rank 0 says which and why", rank=0)

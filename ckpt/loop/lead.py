@@ -1,0 +1,205 @@
+"""What rank 0 does for a run: has it to itself, says what is due by the clock, and follows saves to their end.
+
+It follows them on a thread of its own, which waits for the agent's answers and so takes nothing from the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from ckpt.agent.saver import AsyncSaver, PendingSave
+from ckpt.levels.claim import Claim
+from ckpt.levels.record import write_levels
+from ckpt.levels.tiers import Level
+from ckpt.planning.interval import best_interval
+from ckpt_formats.errors import CheckpointError, SaveFailedError
+
+__all__ = ["Lead"]
+
+PATIENCE_S = 600.0
+"""Seconds to wait at the end for what was captured to be committed."""
+REMEMBERED = 5
+"""Saves from which the cost of one is taken."""
+RETRY_S = 60.0
+"""Seconds after which a save that pays is tried again, when there is none yet whose cost is known."""
+
+log = logging.getLogger("ckpt")
+
+
+class _Begun(NamedTuple):
+    step: int
+    pending: PendingSave | Exception
+    """What to follow, or why there is nothing to."""
+
+
+class Lead:
+    """Rank 0's part, as a `with` block.
+
+    Args:
+        run: the run's folder; it is made.
+        levels: its levels.
+        mtbf: mean seconds between failures of the job, for levels that are due as often as pays.
+
+    Attributes:
+        failed: why the newest save that has ended failed; None if it did not.
+        committed: the newest step that was committed.
+
+    Raises:
+        SaveFailedError: the run can't be had.
+    """
+
+    def __init__(self, run: str, levels: Sequence[Level], mtbf: float) -> None:
+        self.failed: BaseException | None = None
+        self.committed: int | None = None
+        self._run = run
+        self._levels = levels
+        self._mtbf = mtbf
+        self._begin = time.monotonic()
+        self._last: dict[str, float] = {}
+        """When a save for each level was last begun, by the clock that is never set."""
+        self._failures = 0
+        self._costs: deque[float] = deque(maxlen=REMEMBERED)
+        self._writes: deque[float] = deque(maxlen=REMEMBERED)
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[_Begun | None] = queue.SimpleQueue()
+        self._following: threading.Thread | None = None
+        self._saver: AsyncSaver | None = None
+        self._deadline = float("inf")
+        try:
+            os.makedirs(run, exist_ok=True)
+            self.claim = Claim.take(run)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise _unwritable(run, error) from error
+        try:
+            write_levels(run, levels)
+        except OSError as error:
+            self.claim.release()
+            raise _unwritable(run, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_following(0.0)
+        self.claim.release()
+
+    def follow(self, saver: AsyncSaver) -> None:
+        """Begin to follow saves."""
+        self._saver = saver
+        self._begin = time.monotonic()
+        self._following = threading.Thread(target=self._follow, name="ckpt-follow", daemon=True)
+        self._following.start()
+
+    # when
+
+    def due(self, now: float) -> list[bool]:
+        """Which levels are due by the clock, which is `time.monotonic()`."""
+        return [self._is_due(level, now) for level in self._levels]
+
+    def _is_due(self, level: Level, now: float) -> bool:
+        if level.every is None or level.every.steps is not None:
+            return False
+        last = self._last.get(level.name)
+        if level.every.seconds is not None:
+            return now - (self._begin if last is None else last) >= level.every.seconds
+        interval = self.interval()
+        if interval is None:
+            # the first save tells what saves cost, and that they work
+            return last is None or now - last > RETRY_S
+        return now - (last or 0.0) >= interval
+
+    def interval(self) -> float | None:
+        """Seconds between saves that pay, as far as is known: never less than it takes to write one."""
+        with self._lock:
+            if not self._costs:
+                return None
+            cost, write = statistics.median(self._costs), statistics.median(self._writes)
+        return max(best_interval(cost, self._mtbf), write)
+
+    # what became of saves
+
+    def begun(self, step: int, levels: Collection[str], pending: PendingSave | Exception) -> None:
+        """A save was begun, or could not be."""
+        now = time.monotonic()
+        self._last.update(dict.fromkeys(levels, now))
+        self._queue.put(_Begun(step, pending))
+
+    def _fail(self, step: int, error: Exception) -> None:
+        self.failed = error
+        self._failures += 1
+        last = (
+            f"the newest checkpoint is of step {self.committed}" if self.committed is not None else "none is saved yet"
+        )
+        more = f"; {self._failures} saves in a row have failed" if self._failures > 1 else ""
+        log.error("step %d is not saved, and the training goes on: %s (%s%s)", step, error, last, more)
+
+    def finish(self) -> None:
+        """Wait until what was begun is over.
+
+        Raises:
+            SaveFailedError, CheckpointError: the newest save failed, or is not committed in time.
+        """
+        if not self._end_following(PATIENCE_S):
+            raise SaveFailedError(
+                f"{self._run}: what was captured is not committed within {PATIENCE_S:.0f} s; the agent goes on with it",
+                path=self._run,
+            )
+        if self.failed is not None:
+            raise self.failed
+
+    def _end_following(self, patience: float) -> bool:
+        """End the thread; whether it saw the end of every save."""
+        if self._following is None:
+            return True
+        self._deadline = time.monotonic() + patience
+        self._queue.put(None)
+        self._following.join(patience + 1)
+        ended = not self._following.is_alive()
+        self._following = None
+        return ended
+
+    def _follow(self) -> None:
+        while (begun := self._queue.get()) is not None:
+            step, pending = begun
+            if isinstance(pending, Exception):
+                # in the order of the steps, so that the newest decides
+                self._fail(step, pending)
+                continue
+            while True:
+                try:
+                    result = pending.wait(min(10.0, max(0.0, self._deadline - time.monotonic())))
+                except CheckpointError as error:
+                    if not pending.done():
+                        if time.monotonic() < self._deadline:
+                            continue
+                        return
+                    if self._saver is not None:
+                        self._saver.forget(pending)
+                    self._fail(step, error)
+                else:
+                    with self._lock:
+                        self._costs.append(pending.blocked)
+                        self._writes.append(result.seconds)
+                    self.committed, self.failed, self._failures = step, None, 0
+                break
+
+
+def _unwritable(run: str, error: OSError) -> SaveFailedError:
+    return SaveFailedError(
+        f"{run}: nothing can be saved there ({error.strerror or error}); make the folder writable, or choose "
+        "another one",
+        path=run,
+    )

@@ -1,0 +1,147 @@
+"""Going on from the newest checkpoint that is whole and verified, on whatever level it lies.
+
+A load verifies every byte that it reads. When it finds damage, the one before is loaded over it, loudly; what was found
+damaged is moved aside once another one is loaded, so that its step can be saved again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import MutableMapping, Sequence
+from typing import NamedTuple
+
+from ckpt.collective import Collective, ProcessGroup
+from ckpt.levels.tiers import Level
+from ckpt.loading.load import load
+from ckpt_formats.errors import (
+    CheckpointNotFoundError,
+    CorruptionError,
+    FormatError,
+    UnknownCodecError,
+    UnknownDtypeError,
+    UnknownVersionError,
+)
+from ckpt_formats.runs import State, find_checkpoints
+
+__all__ = ["DAMAGED", "Resumed", "resume"]
+
+DAMAGED = "damaged"
+"""The folder in a level that takes what was found damaged."""
+
+log = logging.getLogger("ckpt")
+
+
+class Resumed(NamedTuple):
+    """Where the training goes on."""
+
+    step: int
+    path: str
+    """The checkpoint."""
+
+
+class _Candidate(NamedTuple):
+    level: str
+    path: str
+    step: int
+    problem: str | None
+    """What can be seen to be wrong with it without reading it all."""
+
+
+def resume(
+    state: MutableMapping[str, object], levels: Sequence[Level], process_group: ProcessGroup | None
+) -> Resumed | None:
+    """Load the newest checkpoint that can be loaded into the state; None when there is none at all. Collective.
+
+    Raises:
+        CorruptionError: there are checkpoints, and all of them are damaged. The state may have been overwritten in
+            part.
+        StateMismatchError and what else `ckpt.load` raises: the state is another one.
+    """
+    group = Collective(process_group)
+    failure: BaseException | None = None
+    mine = b"[]"
+    if group.rank == 0:
+        try:
+            mine = json.dumps(_candidates(levels)).encode()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+            failure = error
+    candidates = [_Candidate(*item) for item in json.loads(group.exchange(mine, failure, lambda each: each[0]))]
+    bad: list[_Candidate] = []
+    for candidate in candidates:
+        try:
+            if candidate.problem is not None:
+                raise CorruptionError(candidate.problem, path=candidate.path)
+            load(state, candidate.path, process_group=process_group)
+        except (UnknownVersionError, UnknownCodecError, UnknownDtypeError):
+            raise
+        except (CorruptionError, FormatError, CheckpointNotFoundError) as error:
+            bad.append(candidate)
+            if group.rank == 0:
+                log.error("step %d on %s can't be used: %s", candidate.step, candidate.level, error)  # noqa: TRY400
+            continue
+        if group.rank == 0:
+            _say(candidate, bad, levels)
+        return Resumed(candidate.step, candidate.path)
+    if bad:
+        raise CorruptionError(
+            f"none of the checkpoints of this run can be loaded ({', '.join(item.path for item in bad)}); look at them "
+            "with `ckpt verify`, and remove them, or choose another folder, to begin anew",
+            path=bad[0].path,
+        )
+    return None
+
+
+def _candidates(levels: Sequence[Level]) -> list[_Candidate]:
+    """Everything that was committed, the newest first, and of one step the fastest level's first."""
+    found: list[tuple[int, int, _Candidate]] = []
+    for number, level in enumerate(levels):
+        try:
+            items = find_checkpoints(level.place)
+        except CheckpointNotFoundError:
+            continue  # nothing has been saved there yet
+        for item in items:
+            if item.state is State.UNKNOWN_VERSION:
+                raise UnknownVersionError(str(item.problem), path=item.path)
+            if item.step is None or item.state is State.NOT_COMMITTED:
+                continue
+            problem = item.problem
+            if problem is not None and item.path not in problem:
+                problem = f"{item.path}: {problem}"
+            found.append((-item.step, number, _Candidate(level.name, item.path, item.step, problem)))
+    return [candidate for _, _, candidate in sorted(found, key=lambda item: item[:2])]
+
+
+def _say(candidate: _Candidate, bad: Sequence[_Candidate], levels: Sequence[Level]) -> None:
+    """Tell what is gone on from, and clear the way for the steps that are trained again."""
+    remote = {level.name for level in levels if level.remote}
+    for item in bad:
+        if item.level in remote:
+            continue
+        try:
+            aside = _move_aside(item.path)
+        except OSError as error:
+            log.error("%s is damaged and can't be moved aside (%s); remove it", item.path, error.strerror)  # noqa: TRY400
+        else:
+            log.warning("moved aside what is damaged: %s", aside)
+    lost = {item.step for item in bad} - {candidate.step}
+    back = f", after {len(lost)} newer that can't be used" if lost else ""
+    log.log(
+        logging.WARNING if bad else logging.INFO,
+        "goes on after step %d, from %s (%s)%s",
+        candidate.step,
+        candidate.path,
+        candidate.level,
+        back,
+    )
+
+
+def _move_aside(path: str) -> str:
+    run, name = os.path.split(path)
+    os.makedirs(os.path.join(run, DAMAGED), exist_ok=True)
+    number = 0
+    while os.path.lexists(aside := os.path.join(run, DAMAGED, f"{name}.{number}")):
+        number += 1
+    os.rename(path, aside)
+    return aside

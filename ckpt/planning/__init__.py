@@ -1,0 +1,1 @@
+"""How often to save: formulae, without states, files or clocks."""

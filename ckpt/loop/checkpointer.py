@@ -25,6 +25,7 @@ from typing import Literal, Self
 from ckpt.agent.saver import AsyncSaver, CaptureMode
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.levels.every import EveryLike, seconds
+from ckpt.levels.main import launcher
 from ckpt.levels.note import ENTRY, Note
 from ckpt.levels.policies import Policy
 from ckpt.levels.tiers import Disk, Level, Remote, is_url, settle
@@ -152,7 +153,8 @@ class Checkpointer:
             if resumed is not None:
                 self.step, self.resumed = resumed
                 self._saved = resumed.step
-            self._saver = AsyncSaver()
+            claim = None if self._lead is None else self._lead.claim.fd
+            self._saver = AsyncSaver(launcher=launcher(self.path, self.levels, claim))
             stack.callback(self._saver.close)
             self._saver.start(group)
             if self._lead is not None:

@@ -131,5 +131,7 @@ def read_small(path: str, limit: int) -> bytes:
     """
     if is_url(path):
         return Store(path).read(path, 0, limit + 1)
-    with open(open_plain(path), "rb") as stream:
-        return stream.read(limit + 1)
+    fd = open_plain(path)
+    with open(fd, "rb") as stream:
+        # not the limit itself: so much would be allocated
+        return stream.read(min(os.fstat(fd).st_size, limit) + 1)

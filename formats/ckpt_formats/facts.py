@@ -153,7 +153,7 @@ def read_facts(path: str | os.PathLike[str]) -> Facts:
             "that",
             path=file,
         ) from error
-    if len(data) > MAX_SIZE:
+    if data is None:
         raise _wrong(file, f"it has more than the {MAX_SIZE} bytes that such a file may have")
     return decode(data, file)
 

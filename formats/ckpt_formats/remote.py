@@ -30,6 +30,8 @@ CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 30
 CONNECTIONS = 32
 """Most connections to one S3 endpoint."""
+FIRST = 8 << 20
+"""Bytes of a manifest and the like that are asked for at once."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _LOCAL = ("file", "local")
@@ -173,6 +175,17 @@ class Store:
                 raise
 
         return self.attempt(url, call)
+
+    def read_small(self, url: str, limit: int) -> bytes | None:
+        """All bytes of an object; None if it has more than `limit`. Raises FileNotFoundError."""
+        # one request for most; the size is asked for only when this is not all of it
+        data = self.read(url, 0, FIRST)
+        if len(data) == FIRST:
+            size = self.size(url)
+            if size > limit:
+                return None
+            data += b"".join(self.read(url, at, min(at + FIRST, size)) for at in range(FIRST, size, FIRST))
+        return None if len(data) > limit else data
 
     def ls(self, url: str) -> list[Entry]:
         """What lies directly below a URL, sorted by name. Raises FileNotFoundError when nothing does."""

@@ -122,16 +122,15 @@ def open_source(path: str) -> ByteSource:
     return RemoteFile(path) if is_url(path) else LocalFile(path)
 
 
-def read_small(path: str, limit: int) -> bytes:
-    """All bytes of a small file or object; of one that has more than `limit` bytes, more than `limit` of them.
+def read_small(path: str, limit: int) -> bytes | None:
+    """All bytes of a small file or object; None, and nothing of it is read, if it has more than `limit`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: it is not there.
         OSError: it can't be read; StoreError when its store can't.
     """
     if is_url(path):
-        return Store(path).read(path, 0, limit + 1)
+        return Store(path).read_small(path, limit)
     fd = open_plain(path)
     with open(fd, "rb") as stream:
-        # not the limit itself: so much would be allocated
-        return stream.read(min(os.fstat(fd).st_size, limit) + 1)
+        return None if os.fstat(fd).st_size > limit else stream.read()

@@ -51,7 +51,7 @@ def read_root(path: str) -> Root:
         raise
     except OSError as error:
         raise _unreadable(file, error) from error
-    if len(data) > MAX_SIZE:
+    if data is None:
         raise FormatError(
             f"{file}: has more than the {MAX_SIZE} bytes that a manifest may have: it is damaged or no manifest; use "
             "another checkpoint",

@@ -178,9 +178,12 @@ class AsyncSaver:
     writes what is left, and ends.
     """
 
-    def __init__(self, saver: Saver | None = None, *, launcher: Launcher = launch) -> None:
-        """`launcher` starts an agent on this node and returns its address."""
+    def __init__(self, saver: Saver | None = None, *, launcher: Launcher = launch, follow: bool = True) -> None:
+        """`launcher` starts an agent on this node and returns its address. Without `follow`, what becomes of saves is
+        the caller's business: it is neither told nor raised at the next one.
+        """
         self._saver = saver or Saver()
+        self._follow = follow
         self._launcher = launcher
         self._client: AgentClient | None = None
         self._outcomes = Outcomes()
@@ -261,7 +264,7 @@ class AsyncSaver:
                 with contextlib.suppress(CheckpointError):
                     client.abandon(planned.attempt, slot, error)
                 raise
-        if group.rank == 0:
+        if group.rank == 0 and self._follow:
             self._outcomes.add(pending)
         pending.phases = operation.seconds
         pending.blocked = time.perf_counter() - begin
@@ -275,10 +278,6 @@ class AsyncSaver:
     def agent(self) -> AgentClient | None:
         """The agent of this node; another one after the first was lost."""
         return self._client
-
-    def forget(self, pending: PendingSave) -> None:
-        """Whoever follows a save has heard that it failed: the next one need not raise that again."""
-        self._outcomes.forget(pending)
 
     def close(self) -> None:
         """Leave the agent, which writes what is left and ends. Rank 0 first hears what becomes of it, if that does not

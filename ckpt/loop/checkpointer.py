@@ -154,7 +154,7 @@ class Checkpointer:
                 self.step, self.resumed = resumed
                 self._saved = resumed.step
             claim = None if self._lead is None else self._lead.claim.fd
-            self._saver = AsyncSaver(launcher=launcher(self.path, self.levels, claim))
+            self._saver = AsyncSaver(launcher=launcher(self.path, self.levels, claim), follow=False)
             stack.callback(self._saver.close)
             self._saver.start(group)
             if self._lead is not None:

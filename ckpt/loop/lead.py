@@ -203,8 +203,6 @@ class Lead:
                     if time.monotonic() < self._deadline:
                         continue
                     return
-                if self._saver is not None:
-                    self._saver.forget(pending)
                 self._fail(step, error)
             else:
                 with self._lock:

@@ -48,7 +48,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with open(arguments.levels, encoding="ascii") as stream:
         tree = json.load(stream)
-    flow = Flow(tree["run"], levels_from_json(tree["levels"]), arguments.home, tree["claim"])
+    levels = levels_from_json(tree["levels"])
+    for level in levels:
+        level.configure()
+    flow = Flow(tree["run"], levels, arguments.home, tree["claim"])
     serve(arguments.home, arguments.ready, after_commit=flow)
 
 

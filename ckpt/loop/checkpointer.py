@@ -28,7 +28,7 @@ from ckpt.levels.every import EveryLike, seconds
 from ckpt.levels.main import launcher
 from ckpt.levels.note import ENTRY, Note
 from ckpt.levels.policies import Policy
-from ckpt.levels.tiers import Disk, Level, Remote, is_url, settle
+from ckpt.levels.tiers import Disk, Level, Remote, settle
 from ckpt.loop.agreement import Agreement
 from ckpt.loop.interruption import Interruption, Notice, reason
 from ckpt.loop.lead import Lead
@@ -43,6 +43,7 @@ from ckpt_formats.errors import (
     ValuesDifferError,
 )
 from ckpt_formats.native import names
+from ckpt_formats.remote import is_url
 
 __all__ = ["Checkpointer"]
 
@@ -149,6 +150,8 @@ class Checkpointer:
             except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
                 failure = error
             group.agree(failure)
+            for level in self.levels:
+                level.configure()
             resumed = resume(self._state, self.levels, self._process_group)
             if resumed is not None:
                 self.step, self.resumed = resumed

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,10 @@ START = 60.0
 """Seconds within which an agent has to start."""
 ANSWER = 60.0
 """Seconds within which an agent has to answer what needs no waiting."""
+ASKED_EVERY = 10.0
+"""Seconds after which somebody who waits asks again."""
+SILENCE = 30.0
+"""Seconds without an answer after which the agent counts as gone."""
 MEMORY = "/dev/shm"  # noqa: S108 - a folder of our own is made in it, which only this user can enter
 """Where arenas lie; the temporary folder where there is no such file system."""
 
@@ -182,11 +187,18 @@ class AgentClient:
     def wait(self, save: str, until: str, timeout: float) -> Message:
         """What became of a save, when it is captured by all ranks or over, or the time is up.
 
-        Over a connection of its own, so that several threads can wait.
+        Over a connection of its own, so that several threads can wait. Raises RankError if the agent is gone or hangs.
         """
         channel = Channel.connect(self.address, ANSWER, self._name)
+        deadline = time.monotonic() + timeout
         try:
-            return channel.ask({"op": "wait", "save": save, "until": until, "timeout": timeout}, timeout + ANSWER)
+            while True:
+                # asked again and again, so that one that hangs is found out
+                left = max(0.0, deadline - time.monotonic())
+                message = {"op": "wait", "save": save, "until": until, "timeout": min(left, ASKED_EVERY)}
+                status = channel.ask(message, min(left, ASKED_EVERY) + SILENCE)
+                if left <= ASKED_EVERY or status.get("error") or status["committed"] or status[until]:
+                    return status
         finally:
             channel.close()
 

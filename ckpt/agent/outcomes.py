@@ -51,11 +51,6 @@ class Outcomes:
             self._thread = threading.Thread(target=self._run, name="ckpt-outcomes", daemon=True)
             self._thread.start()
 
-    def forget(self, save: Followed) -> None:
-        """Its failure is known to whom it concerns."""
-        with self._lock:
-            self._open = [other for other in self._open if other is not save]
-
     def failure(self) -> CheckpointError | None:
         """The failure of the first save that has failed and was not told of here before. Never waits."""
         failed = None

@@ -190,9 +190,12 @@ class AsyncSaver:
     writes what is left, and ends.
     """
 
-    def __init__(self, saver: Saver | None = None, *, launcher: Launcher = launch) -> None:
-        """`launcher` starts an agent on this node and returns its address."""
+    def __init__(self, saver: Saver | None = None, *, launcher: Launcher = launch, follow: bool = True) -> None:
+        """`launcher` starts an agent on this node and returns its address. Without `follow`, what becomes of saves is
+        the caller's business: it is neither told nor raised at the next one.
+        """
         self._saver = saver or Saver()
+        self._follow = follow
         self._launcher = launcher
         self._client: AgentClient | None = None
         self._known: list[tuple[_Key, Recurring]] = []
@@ -260,13 +263,16 @@ class AsyncSaver:
             except BaseException as error:
                 operation.end(error)
                 _open(begun)
-                with contextlib.suppress(CheckpointError):
+                try:
                     client.abandon(begun.attempt, slot, error)
+                except CheckpointError:
+                    # the agent, which would have, is gone
+                    attempt.discard()
                 raise
         self._captures = [earlier for earlier in self._captures if not earlier[0].copied]
         self._captures.append((work, pending, operation))
         self._worker.do(partial(self._finish, client, begun, work, slot, pending, operation))
-        if group.rank == 0:
+        if group.rank == 0 and self._follow:
             self._outcomes.add(pending)
         pending.phases = operation.seconds
         pending.blocked = time.perf_counter() - begin
@@ -284,10 +290,6 @@ class AsyncSaver:
     def agent(self) -> AgentClient | None:
         """The agent of this node; another one after the first was lost."""
         return self._client
-
-    def forget(self, pending: PendingSave) -> None:
-        """Whoever follows a save has heard that it failed: the next one need not raise that again."""
-        self._outcomes.forget(pending)
 
     def close(self) -> None:
         """Leave the agent, which writes what is left and ends. Rank 0 first hears what becomes of it, if that does not
@@ -353,8 +355,10 @@ class AsyncSaver:
             # no rank may hand over its part before rank 0 has opened the save
             group.agree(unopened)
         except BaseException as error:
-            with contextlib.suppress(CheckpointError):
+            try:
                 client.abandon(planned.attempt, None, error)
+            except CheckpointError:
+                attempt.discard()
             raise
         if known is None:
             raise AssertionError("a rank that could not open its part of the save has failed")

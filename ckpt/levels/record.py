@@ -1,6 +1,6 @@
 """RUN/levels.json: where the checkpoints of a run lie, for whoever lists them later.
 
-Without options of stores, which may have secrets in them.
+Without options of stores, which may have secrets in them. The run's own folder is "." there, since runs are moved.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ckpt.levels.tiers import Level, levels_from_json, levels_to_json
 from ckpt_formats.errors import FormatError
@@ -23,7 +24,11 @@ MAX_SIZE = 1 << 20
 
 def write_levels(run: str, levels: Sequence[Level]) -> None:
     """Say which levels the run has, in place of what was said before. Raises OSError."""
-    tree = {"format": FORMAT, "version": VERSION, "levels": levels_to_json(levels, options=False)}
+    items = levels_to_json(levels, options=False)
+    for item in items:
+        if item["place"] == run:
+            item["place"] = "."
+    tree = {"format": FORMAT, "version": VERSION, "levels": items}
     path = os.path.join(run, NAME)
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="ascii") as stream:
@@ -49,9 +54,11 @@ def read_levels(run: str | os.PathLike[str]) -> list[Level] | None:
         tree = json.loads(text)
         if tree["format"] != FORMAT or tree["version"] != VERSION:
             raise ValueError("it is of another kind or of a newer release")
-        return levels_from_json(tree["levels"])
+        levels = levels_from_json(tree["levels"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _wrong(path, error) from error
+    own = os.path.abspath(os.fspath(run))
+    return [replace(level, place=own) if level.place == "." else level for level in levels]
 
 
 def _wrong(path: str, error: Exception) -> FormatError:

@@ -16,8 +16,9 @@ from typing import Any as Anything
 from ckpt.levels.every import Every, EveryLike, every
 from ckpt.levels.policies import Any, BestN, EveryN, LatestN, Policy, policy
 from ckpt_formats.errors import StateError
+from ckpt_formats.remote import configure, is_url, normal
 
-__all__ = ["Disk", "Level", "Remote", "is_url", "levels_from_json", "levels_to_json", "settle"]
+__all__ = ["Disk", "Level", "Remote", "levels_from_json", "levels_to_json", "settle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +63,13 @@ class Level:
 
     @property
     def remote(self) -> bool:
+        """Whether it is a store, which is reached by its URL."""
         return is_url(self.place)
 
-
-def is_url(place: str) -> bool:
-    """Whether a place is a URL, not a path."""
-    return "://" in place
+    def configure(self) -> None:
+        """Use its options in this process."""
+        if self.options:
+            configure(self.place, self.options)
 
 
 def settle(
@@ -121,9 +123,9 @@ def _place(run: str, tier: Disk | Remote) -> str:
         if is_url(place):
             raise StateError(f"Disk({place!r}) is a URL; name it as Remote({place!r}), beside a folder for the run")
         return os.path.abspath(place)
-    if not is_url(tier.url):
+    if "://" not in tier.url:
         raise StateError(f"Remote({tier.url!r}) is no URL; name a mounted folder as Disk({tier.url!r})")
-    return tier.url.rstrip("/")
+    return normal(tier.url)
 
 
 def _name(tier: Disk | Remote, before: Sequence[Level]) -> str:

@@ -25,9 +25,10 @@ from typing import Literal, Self
 from ckpt.agent.saver import AsyncSaver, CaptureMode
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.levels.every import EveryLike, seconds
+from ckpt.levels.main import launcher
 from ckpt.levels.note import ENTRY, Note
 from ckpt.levels.policies import Policy
-from ckpt.levels.tiers import Disk, Level, Remote, is_url, settle
+from ckpt.levels.tiers import Disk, Level, Remote, settle
 from ckpt.loop.agreement import Agreement
 from ckpt.loop.interruption import Interruption, Notice, reason
 from ckpt.loop.lead import Lead
@@ -42,6 +43,7 @@ from ckpt_formats.errors import (
     ValuesDifferError,
 )
 from ckpt_formats.native import names
+from ckpt_formats.remote import is_url
 
 __all__ = ["Checkpointer"]
 
@@ -148,11 +150,14 @@ class Checkpointer:
             except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
                 failure = error
             group.agree(failure)
+            for level in self.levels:
+                level.configure()
             resumed = resume(self._state, self.levels, self._process_group)
             if resumed is not None:
                 self.step, self.resumed = resumed
                 self._saved = resumed.step
-            self._saver = AsyncSaver()
+            claim = None if self._lead is None else self._lead.claim.fd
+            self._saver = AsyncSaver(launcher=launcher(self.path, self.levels, claim), follow=False)
             stack.callback(self._saver.close)
             self._saver.start(group)
             if self._lead is not None:

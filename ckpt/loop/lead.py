@@ -5,6 +5,7 @@ It follows them on a thread of its own, which waits for the agent's answers and 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
@@ -14,10 +15,11 @@ import time
 from collections import deque
 from collections.abc import Collection, Sequence
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from ckpt.agent.saver import AsyncSaver, PendingSave
 from ckpt.levels.claim import Claim
+from ckpt.levels.flow import STATUS
 from ckpt.levels.record import write_levels
 from ckpt.levels.tiers import Level
 from ckpt.planning.interval import best_interval
@@ -29,6 +31,8 @@ PATIENCE_S = 600.0
 """Seconds to wait at the end for what was captured to be committed."""
 REMEMBERED = 5
 """Saves from which the cost of one is taken."""
+LOOK_S = 1.0
+"""Seconds between two looks at how far the agent is with other levels."""
 RETRY_S = 60.0
 """Seconds after which a save that pays is tried again, when there is none yet whose cost is known."""
 
@@ -74,6 +78,8 @@ class Lead:
         self._following: threading.Thread | None = None
         self._saver: AsyncSaver | None = None
         self._deadline = float("inf")
+        self._said: dict[str, Any] = {}
+        """What was known last of how far the agent is."""
         try:
             os.makedirs(run, exist_ok=True)
             self.claim = Claim.take(run)
@@ -147,7 +153,7 @@ class Lead:
         log.error("step %d is not saved, and the training goes on: %s (%s%s)", step, error, last, more)
 
     def finish(self) -> None:
-        """Wait until what was begun is over.
+        """Wait until what was begun is over, and what is due on other levels is there.
 
         Raises:
             SaveFailedError, CheckpointError: the newest save failed, or is not committed in time.
@@ -159,6 +165,7 @@ class Lead:
             )
         if self.failed is not None:
             raise self.failed
+        self._wait_for_levels()
 
     def _end_following(self, patience: float) -> bool:
         """End the thread; whether it saw the end of every save."""
@@ -172,29 +179,85 @@ class Lead:
         return ended
 
     def _follow(self) -> None:
-        while (begun := self._queue.get()) is not None:
-            step, pending = begun
-            if isinstance(pending, Exception):
-                # in the order of the steps, so that the newest decides
-                self._fail(step, pending)
+        while True:
+            try:
+                begun = self._queue.get(timeout=LOOK_S)
+            except queue.Empty:
+                self._look()
                 continue
-            while True:
-                try:
-                    result = pending.wait(min(10.0, max(0.0, self._deadline - time.monotonic())))
-                except CheckpointError as error:
-                    if not pending.done():
-                        if time.monotonic() < self._deadline:
-                            continue
-                        return
-                    if self._saver is not None:
-                        self._saver.forget(pending)
-                    self._fail(step, error)
-                else:
-                    with self._lock:
-                        self._costs.append(pending.blocked)
-                        self._writes.append(result.seconds)
-                    self.committed, self.failed, self._failures = step, None, 0
-                break
+            if begun is None:
+                return
+            self._follow_one(*begun)
+            self._look()
+
+    def _follow_one(self, step: int, pending: PendingSave | Exception) -> None:
+        if isinstance(pending, Exception):
+            # in the order of the steps, so that the newest decides
+            self._fail(step, pending)
+            return
+        while True:
+            try:
+                result = pending.wait(min(10.0, max(0.0, self._deadline - time.monotonic())))
+            except CheckpointError as error:
+                if not pending.done():
+                    if time.monotonic() < self._deadline:
+                        continue
+                    return
+                self._fail(step, error)
+            else:
+                with self._lock:
+                    self._costs.append(pending.blocked)
+                    self._writes.append(result.seconds)
+                self.committed, self.failed, self._failures = step, None, 0
+            return
+
+    # other levels, which the agent looks after
+
+    def _look(self) -> dict[str, Any]:
+        """Read how far the agent is, and say what is new."""
+        agent = None if self._saver is None else self._saver.agent
+        if agent is None:
+            return {}
+        try:
+            with open(os.path.join(os.path.dirname(agent.address), STATUS), encoding="ascii") as stream:
+                status: dict[str, Any] = json.load(stream)
+        except (OSError, ValueError):
+            return {}
+        said, self._said = self._said, status
+        if status["pruning"] not in (None, said.get("pruning")):
+            log.warning("what need not be kept can't be removed: %s", status["pruning"])
+        for name, state in status["levels"].items():
+            before = said.get("levels", {}).get(name, {})
+            if state["error"] not in (None, before.get("error")):
+                log.warning("step %s is not on %s yet, and tried again: %s", state["owed"][:1], name, state["error"])
+            for step in state["refused"].keys() - before.get("refused", {}).keys():
+                log.error("step %s can't be had on %s: %s", step, name, state["refused"][step])
+            if state["sent"] not in (None, before.get("sent")):
+                log.info("step %d is on %s", state["sent"], name)
+        return status
+
+    def _wait_for_levels(self) -> None:
+        """Wait until the newest checkpoint is wherever it is due; say so if it is not in time."""
+        begin = time.monotonic()
+        said = False
+        while True:
+            status = self._look()
+            agent = None if self._saver is None else self._saver.agent
+            if agent is None or not agent.alive():
+                log.warning("%s: the agent has ended; the next start goes on with what is not on all levels", self._run)
+                return
+            if status and status["done"] and (self.committed is None or status["seen"] >= self.committed):
+                return
+            levels: dict[str, Any] = status.get("levels", {})
+            owed = ", ".join(f"{state['owed']} on {name}" for name, state in levels.items() if state["owed"])
+            waited = time.monotonic() - begin
+            if waited > PATIENCE_S:
+                log.warning("%s: not there within %.0f s, the agent goes on with it: steps %s", self._run, waited, owed)
+                return
+            if not said and waited > 5 * LOOK_S:
+                log.warning("%s: waits for steps %s", self._run, owed or "to be looked after")
+                said = True
+            time.sleep(0.02)
 
 
 def _unwritable(run: str, error: OSError) -> SaveFailedError:

@@ -23,6 +23,7 @@ from ckpt_formats.locations import LocationMap
 from ckpt_formats.manifest import BLOB_PREFIX, Manifest, TensorMeta, rank_blob
 from ckpt_formats.native.reader import open_native
 from ckpt_formats.reading import Reader, ReadStats, Request
+from ckpt_formats.remote import tidy
 from ckpt_formats.values.tree import brief
 
 Index = int | slice | EllipsisType
@@ -209,14 +210,15 @@ def open_checkpoint(path: str | os.PathLike[str], wrap: Wrap = as_numpy) -> Chec
     """Open the checkpoint in folder `path`, reading only its root.
 
     Args:
-        path: a checkpoint's folder.
+        path: a checkpoint's folder, or its URL in a store.
         wrap: makes what indexing returns out of raw elements; numpy arrays by default.
 
     Raises:
         CheckpointNotFoundError: none was committed there.
         CorruptionError, FormatError: its root is damaged or wrong.
+        StoreError: its store can't be read.
     """
-    folder = os.fspath(path)
+    folder = tidy(path)
     manifest, locations, _ = open_native(folder)
     return Checkpoint(folder, manifest, locations, wrap)
 

@@ -23,6 +23,7 @@ __all__ = [
     "ShapeMismatchError",
     "StateError",
     "StateMismatchError",
+    "StoreError",
     "UnknownCodecError",
     "UnknownDtypeError",
     "UnknownVersionError",
@@ -92,6 +93,10 @@ class CoverageError(FormatError):
 
 class CorruptionError(CheckpointError, OSError):
     """Stored bytes differ from their checksum, or are not there: the checkpoint is damaged."""
+
+
+class StoreError(CheckpointError, OSError):
+    """An object store can't be reached, refuses, or keeps failing. Says nothing of the checkpoints in it."""
 
 
 class MissingTensorError(CheckpointError, KeyError):

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckpt_formats.errors import CorruptionError, FactsError, FormatError, UnknownVersionError
+from ckpt_formats.errors import CorruptionError, FactsError, FormatError, StoreError, UnknownVersionError
 from ckpt_formats.json_text import parse_json, to_json
 from ckpt_formats.native import names
+from ckpt_formats.remote import tidy
 from ckpt_formats.sealed import is_whole, seal
-from ckpt_formats.sources import open_plain
+from ckpt_formats.sources import read_small
 from ckpt_formats.values.tree import brief
 
 __all__ = ["Facts", "decode", "encode", "read_facts"]
@@ -137,20 +138,22 @@ def read_facts(path: str | os.PathLike[str]) -> Facts:
     Raises:
         CorruptionError, FormatError: the file of facts is damaged, wrong or can't be read. That says nothing of the
             checkpoint.
+        StoreError: its store can't be read.
     """
-    file = os.path.join(os.fspath(path), names.FACTS)
+    file = os.path.join(tidy(path), names.FACTS)
     try:
-        with open(open_plain(file), "rb") as stream:
-            data = stream.read(MAX_SIZE + 1)
+        data = read_small(file, MAX_SIZE)
     except (FileNotFoundError, NotADirectoryError):
         return Facts()
+    except StoreError:
+        raise
     except OSError as error:
         raise CorruptionError(
             f"{file}: metrics, tags and pin can't be read ({error.strerror}); the checkpoint itself is not touched by "
             "that",
             path=file,
         ) from error
-    if len(data) > MAX_SIZE:
+    if data is None:
         raise _wrong(file, f"it has more than the {MAX_SIZE} bytes that such a file may have")
     return decode(data, file)
 

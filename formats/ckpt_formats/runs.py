@@ -7,6 +7,8 @@ retention and no levels.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -18,8 +20,12 @@ from ckpt_formats.manifest import RESERVED_PREFIX
 from ckpt_formats.native import names
 from ckpt_formats.native.reader import read_root
 from ckpt_formats.native.root import Root
+from ckpt_formats.remote import Store, is_url, tidy
 
 __all__ = ["Found", "State", "find_checkpoints"]
+
+LISTERS = 8
+"""Threads that look into the checkpoints of a run in a store, where each look waits for answers."""
 
 
 class State(StrEnum):
@@ -58,10 +64,16 @@ class Found:
 def find_checkpoints(path: str | os.PathLike[str]) -> list[Found]:
     """What lies in folder `path`: the checkpoint that it is itself, or those in its folders, sorted by step.
 
+    Args:
+        path: a folder, or a URL of a store.
+
     Raises:
         CheckpointNotFoundError: there is no such folder.
+        StoreError: its store can't be read.
     """
-    folder = os.fspath(path)
+    folder = tidy(path)
+    if is_url(folder):
+        return _in_store(folder)
     if not os.path.isdir(folder):
         what = "is a file; name a run's folder" if os.path.exists(folder) else "no such folder; check the path"
         raise CheckpointNotFoundError(f"{folder}: {what}", path=folder)
@@ -69,8 +81,51 @@ def find_checkpoints(path: str | os.PathLike[str]) -> list[Found]:
     if itself is not None:
         return [itself]
     below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
-    found = [item for item in map(_inspect, below) if item is not None]
-    return sorted(found, key=lambda item: -1 if item.step is None else item.step)
+    return _by_step(map(_inspect, below))
+
+
+def _by_step(found: Iterable[Found | None]) -> list[Found]:
+    return sorted(filter(None, found), key=lambda item: -1 if item.step is None else item.step)
+
+
+def _in_store(url: str) -> list[Found]:
+    store = Store(url)
+    try:
+        below = store.ls(url)
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(f"{url}: there is nothing at that URL; check it", path=url) from None
+    if any(entry.name in (names.MANIFEST, names.DATA) for entry in below):
+        itself = _inspect_in_store(store, url)
+        if itself is not None:
+            return [itself]
+    folders = [os.path.join(url, entry.name) for entry in below if entry.folder]
+    with ThreadPoolExecutor(LISTERS, thread_name_prefix="ckpt-list") as pool:
+        return _by_step(pool.map(lambda folder: _inspect_in_store(store, folder), folders))
+
+
+def _inspect_in_store(store: Store, folder: str) -> Found | None:
+    """What lies below a URL, None when it is nothing of this format."""
+    sizes = {entry.name: entry.size for entry in store.walk(folder)}
+    step = names.step_of(os.path.basename(folder))
+    there = sum(sizes.values())
+    if names.MANIFEST not in sizes:
+        if any(at in (names.DATA, names.INDEX) and names.attempt_of(file) for at, _, file in map(_parts, sizes)):
+            why = f"it has no {names.MANIFEST}: its upload did not end, or has not ended yet"
+            return Found(path=folder, state=State.NOT_COMMITTED, problem=why, step=step, bytes=there)
+        return None
+    try:
+        root = read_root(folder)
+    except UnknownVersionError as error:
+        return Found(path=folder, state=State.UNKNOWN_VERSION, problem=str(error), step=step, bytes=there)
+    except CheckpointNotFoundError:
+        return None  # removed this moment
+    except (CorruptionError, FormatError) as error:
+        return Found(path=folder, state=State.DAMAGED, problem=str(error), step=step, bytes=there)
+    return _committed(folder, root, sizes[names.MANIFEST], sizes.get)
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    return name.partition("/")
 
 
 def _inspect(folder: str) -> Found | None:
@@ -94,14 +149,26 @@ def _inspect(folder: str) -> Found | None:
     except OSError as error:
         why = f"{manifest}: can't be read ({error.strerror})"
         return Found(path=folder, state=State.DAMAGED, problem=why, step=step, bytes=_size_below(folder))
-    problem = _incomplete(folder, root)
+
+    def size(file: str) -> int | None:
+        try:
+            return os.stat(os.path.join(folder, file)).st_size
+        except OSError:
+            return None
+
+    return _committed(folder, root, os.path.getsize(manifest), size)
+
+
+def _committed(folder: str, root: Root, manifest: int, size: Callable[[str], int | None]) -> Found:
+    """A checkpoint whose root could be read. `size` is that of a file, None when there is none."""
+    problem = _incomplete(root, size)
     listed = sum(file.size for file in root.files) + sum(page.size for page in root.pages)
     return Found(
         path=folder,
         state=State.WHOLE if problem is None else State.PARTIAL,
         problem=problem,
         step=root.step,
-        bytes=listed + os.path.getsize(manifest),
+        bytes=listed + manifest,
         tensors=sum(not name.startswith(RESERVED_PREFIX) for name in root.tensors),
         created=_created(root),
         world_size=root.layout.get("world_size", 1),
@@ -109,15 +176,12 @@ def _inspect(folder: str) -> Found | None:
     )
 
 
-def _incomplete(folder: str, root: Root) -> str | None:
+def _incomplete(root: Root, size: Callable[[str], int | None]) -> str | None:
     """Which of the files that a root lists are not there, or not of their size."""
     listed = [(page.path, page.size) for page in root.pages] + [(file.path, file.size) for file in root.files]
-    missing = other = 0
-    for path, size in listed:
-        try:
-            other += os.stat(os.path.join(folder, path)).st_size != size
-        except OSError:
-            missing += 1
+    actual = [size(path) for path, _ in listed]
+    missing = actual.count(None)
+    other = sum(found is not None and found != expected for found, (_, expected) in zip(actual, listed, strict=True))
     parts = []
     if missing:
         parts.append(f"{missing} of {len(listed)} files missing")

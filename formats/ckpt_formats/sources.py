@@ -1,7 +1,7 @@
 """Byte sources: something that can read a range of bytes into a buffer.
 
-A place in a location map is a range of a byte source. Knows no tensors. Local files here; object stores and memory of
-other nodes implement the same protocol.
+A place in a location map is a range of a byte source. Knows no tensors. Local files here, objects of stores in
+remote.py; `open_source` and `read_small` take paths and URLs alike.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from typing import Protocol
 
 from ckpt_formats.errors import CorruptionError
+from ckpt_formats.remote import RemoteFile, Store, is_url
 
 
 class ByteSource(Protocol):
@@ -114,3 +115,22 @@ class LocalFile:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             os.close(self._fd)
+
+
+def open_source(path: str) -> ByteSource:
+    """The file at a path, or the object at a URL. Touches nothing before the first read."""
+    return RemoteFile(path) if is_url(path) else LocalFile(path)
+
+
+def read_small(path: str, limit: int) -> bytes | None:
+    """All bytes of a small file or object; None, and nothing of it is read, if it has more than `limit`.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: it is not there.
+        OSError: it can't be read; StoreError when its store can't.
+    """
+    if is_url(path):
+        return Store(path).read_small(path, limit)
+    fd = open_plain(path)
+    with open(fd, "rb") as stream:
+        return None if os.fstat(fd).st_size > limit else stream.read()

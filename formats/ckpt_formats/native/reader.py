@@ -1,7 +1,6 @@
 """Opening a native checkpoint: root and pages to a manifest and a location map.
 
-Reads metadata only; the bytes of chunks are read by reading.py. Knows local folders; other stores come in by handing in
-another `open_source`.
+Reads metadata only; the bytes of chunks are read by reading.py. A checkpoint lies in a folder or below a URL.
 """
 
 from __future__ import annotations
@@ -13,18 +12,26 @@ import numpy as np
 
 from ckpt_formats.codecs import EXPONENT_ZSTD, RAW, stored_bounds, word_size
 from ckpt_formats.digest import digest
-from ckpt_formats.errors import CheckpointNotFoundError, CorruptionError, FormatError
+from ckpt_formats.errors import CheckpointNotFoundError, CorruptionError, FormatError, StoreError
 from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import ChunkRows, Manifest
 from ckpt_formats.native import index, names
 from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.root import MAX_SIZE, Root, decode
-from ckpt_formats.sources import ByteSource, LocalFile, open_plain
+from ckpt_formats.remote import Store, is_url
+from ckpt_formats.sources import ByteSource, open_source, read_small
 
 
 def is_native(path: str) -> bool:
-    """Whether a committed native checkpoint lies at the path."""
-    return os.path.isfile(os.path.join(path, names.MANIFEST))
+    """Whether a committed native checkpoint lies at the path or URL. Raises StoreError."""
+    file = os.path.join(path, names.MANIFEST)
+    if is_url(path):
+        try:
+            Store(path).size(file)
+        except FileNotFoundError:
+            return False
+        return True
+    return os.path.isfile(file)
 
 
 def read_root(path: str) -> Root:
@@ -33,26 +40,23 @@ def read_root(path: str) -> Root:
     Raises:
         CheckpointNotFoundError: there is no committed checkpoint.
         CorruptionError, FormatError: its root is damaged or wrong.
+        StoreError: its store can't be read.
     """
     file = os.path.join(path, names.MANIFEST)
     try:
-        fd = open_plain(file)
+        data = read_small(file, MAX_SIZE)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(_why_not_found(path), path=path) from error
+    except StoreError:
+        raise
     except OSError as error:
         raise _unreadable(file, error) from error
-    try:
-        with open(fd, "rb") as stream:
-            size = os.fstat(fd).st_size
-            if size > MAX_SIZE:
-                raise FormatError(
-                    f"{file}: has {size} bytes, more than the {MAX_SIZE} that a manifest may have: it is damaged or no "
-                    "manifest; use another checkpoint",
-                    path=file,
-                )
-            data = stream.read()
-    except OSError as error:
-        raise _unreadable(file, error) from error
+    if data is None:
+        raise FormatError(
+            f"{file}: has more than the {MAX_SIZE} bytes that a manifest may have: it is damaged or no manifest; use "
+            "another checkpoint",
+            path=file,
+        )
     return decode(data, file)
 
 
@@ -63,6 +67,8 @@ def _unreadable(file: str, error: OSError) -> CorruptionError:
 
 
 def _why_not_found(path: str) -> str:
+    if is_url(path):
+        return _why_not_in_store(path)
     if not os.path.exists(path):
         return f"{path}: no such folder; check the path"
     if not os.path.isdir(path):
@@ -75,7 +81,23 @@ def _why_not_found(path: str) -> str:
     return f"{path} has no {names.MANIFEST}: no checkpoint in this format lies there; check the path"
 
 
-def open_native(path: str, open_source: Callable[[str], ByteSource] = LocalFile) -> tuple[Manifest, LocationMap, Root]:
+def _why_not_in_store(path: str) -> str:
+    store = Store(path)
+    try:
+        below = store.ls(path)
+    except FileNotFoundError:
+        return f"{path}: there is nothing at that URL; check it"
+    if any(entry.name == names.DATA for entry in below):
+        return f"{path} has no {names.MANIFEST}: its upload was never committed; use an earlier checkpoint"
+    inside = [entry.name for entry in below if entry.folder and names.step_of(entry.name) is not None]
+    if inside:
+        return f"{path} is not a checkpoint itself, but holds some: {', '.join(inside[-3:])}; name one of them"
+    return f"{path} has no {names.MANIFEST}: no checkpoint in this format lies there; check the URL"
+
+
+def open_native(
+    path: str, open_source: Callable[[str], ByteSource] = open_source
+) -> tuple[Manifest, LocationMap, Root]:
     """Open the native checkpoint in folder `path`, reading only its root.
 
     Sizes of the files that the root lists are checked when they are first read.
@@ -152,7 +174,7 @@ def require_size(source: ByteSource, size: int) -> None:
         )
 
 
-def load_page(path: str, root: Root, number: int, open_source: Callable[[str], ByteSource] = LocalFile) -> IndexRows:
+def load_page(path: str, root: Root, number: int, open_source: Callable[[str], ByteSource] = open_source) -> IndexRows:
     """Read, verify and check page `number`: every row lies in its file and has the length of its box.
 
     Raises:

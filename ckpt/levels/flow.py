@@ -1,0 +1,343 @@
+"""From level to level, in the background: what was committed on the first goes on to the others, and each is pruned.
+
+Runs in the agent, so it takes nothing from the training and outlives it. It has no memory of its own: what is due is
+read from the checkpoints themselves and from what the other levels have, so whoever dies when, the next agent goes on.
+What is due on a further level and not there yet is not pruned on the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import partial
+from typing import Any as Anything
+
+from ckpt.agent.aftermath import PATIENCE, Aftermath, Committed
+from ckpt.levels.claim import held_by_another
+from ckpt.levels.note import Note, note_of
+from ckpt.levels.places import Place
+from ckpt.levels.policies import Any, Saved, kept
+from ckpt.levels.prune import prune
+from ckpt.levels.tiers import Level
+from ckpt.storage.facts import update_facts
+from ckpt_formats.errors import CheckpointError, CheckpointExistsError, CorruptionError, FormatError
+from ckpt_formats.native import names
+from ckpt_formats.native.reader import read_root
+
+__all__ = ["STATUS", "Flow"]
+
+STATUS = "levels.json"
+"""The file in the agent's folder that says how far it is."""
+FIRST_PAUSE_S = 1.0
+"""Seconds before what failed is tried again; twice as long after each further failure, up to the longest."""
+LONGEST_PAUSE_S = 60.0
+
+log = logging.getLogger("ckpt.agent")
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Keeps given steps: those that are still to go elsewhere."""
+
+    steps: AbstractSet[int]
+
+    def keeps(self, saved: Sequence[Saved]) -> AbstractSet[int]:
+        return self.steps & {item.step for item in saved}
+
+
+@dataclass(frozen=True, slots=True)
+class _OnDisk:
+    """A checkpoint on the first level."""
+
+    path: str
+    step: int
+    note: Note
+
+
+class Flow(Aftermath):
+    """What an agent does for the levels of its run.
+
+    Args:
+        run: the run's folder.
+        levels: its levels; the first is where saves are committed.
+        home: the agent's folder, for the status.
+        claim: the lock that this process shares with the trainers; None when this is not the agent that leads.
+    """
+
+    def __init__(self, run: str, levels: Sequence[Level], home: str, claim: int | None) -> None:
+        super().__init__()
+        self._run_folder = run
+        self._home = home
+        self._claim = claim
+        self._first = levels[0]
+        self._places = [Place(level) for level in levels[1:]]
+        self._known: dict[tuple[str, int, int], _OnDisk | None] = {}
+        self._condition = threading.Condition()
+        self._wakes = 0
+        """How often there may have been something new to do."""
+        self._done: dict[str, int] = {}
+        """Up to which of these each worker has done all there was."""
+        self._seen = -1
+        self._states = {place.level.name: _State() for place in self._places}
+        self._pruning: str | None = None
+        """Why the first level could not be pruned."""
+        self._since: float | None = None
+        self._over = False
+        if claim is not None:
+            workers: dict[str, Callable[[], float | None]] = {self._first.name: self._keep_first}
+            workers |= {place.level.name: partial(self._bring, place) for place in self._places}
+            self._done = dict.fromkeys(workers, -1)
+            for name, work in workers.items():
+                # they end with the process, which stays until they are done or given up
+                threading.Thread(target=self._work, args=(name, work), name=f"ckpt-flow-{name}", daemon=True).start()
+
+    # what the agent asks
+
+    def committed(self, what: Committed) -> None:
+        if self._claim is None or not what.leads:
+            return
+        with self._condition:
+            self._seen = max(self._seen, -1 if what.step is None else what.step)
+        self._wake()
+
+    def finished(self) -> bool:
+        now = time.monotonic()
+        if self._since is None:
+            # everything that was captured is written: the next job may have the run, and finds it
+            self._since = now
+            if self._claim is not None:
+                with contextlib.suppress(OSError):
+                    os.close(self._claim)
+        with self._condition:
+            behind = [name for name, done in self._done.items() if done < self._wakes]
+        if not behind or self._over:
+            return True
+        if held_by_another(self._run_folder):
+            log.warning("%s: another job goes on with this run, and with what is not on all levels", self._run_folder)
+            return True
+        if now - self._since < PATIENCE:
+            return False
+        log.warning("%s: given up after %.0f s: %s", self._run_folder, PATIENCE, ", ".join(behind))
+        return True
+
+    def stay(self) -> None:
+        self._since = None
+
+    # workers
+
+    def _wake(self) -> None:
+        with self._condition:
+            self._wakes += 1
+            self._condition.notify_all()
+
+    def _work(self, name: str, work: Callable[[], float | None]) -> None:
+        """Do some work whenever there may be some; it says after how many seconds to try again what failed."""
+        begun = -1
+        pause: float | None = None
+        while True:
+            with self._condition:
+                if pause is not None:
+                    self._condition.wait(pause)
+                while self._wakes == begun and pause is None:
+                    self._condition.wait()
+                begun = self._wakes
+            try:
+                pause = work()
+            except Exception:
+                log.exception("%s: the level %s can't be looked after; tried again", self._run_folder, name)
+                pause = LONGEST_PAUSE_S
+            if pause is None:
+                with self._condition:
+                    self._done[name] = begun
+            self._tell()
+
+    def _bring(self, place: Place) -> float | None:
+        """Have on a level what is due there, and prune it."""
+        state = self._states[place.level.name]
+        try:
+            while True:
+                if place.present is None:
+                    place.look()
+                    self._wake()
+                owed = self._owed(place)
+                with self._condition:
+                    state.owed = [item.step for item in owed]
+                if not owed:
+                    break
+                self._tell()
+                # the newest first: it is worth the most
+                self._send(place, owed[0], state)
+            if state.changed and place.level.keep is not None and place.present:
+                place.prune()
+                state.changed = False
+        except (CheckpointError, OSError) as error:
+            if self._taken_over():
+                return None
+            with self._condition:
+                state.error = str(error)
+                state.failures += 1
+            log.warning("%s: %s", place.level.place, error)
+            place.present = None
+            return min(FIRST_PAUSE_S * 2.0 ** (state.failures - 1), LONGEST_PAUSE_S)
+        with self._condition:
+            state.error, state.failures = None, 0
+        return None
+
+    def _send(self, place: Place, item: _OnDisk, state: _State) -> None:
+        # they go with it
+        self._record(item)
+        try:
+            place.bring(item.path, item.step)
+        except (CheckpointExistsError, CorruptionError, FormatError) as error:
+            # no better the next time
+            place.refused.add(item.step)
+            with self._condition:
+                state.refused[item.step] = str(error)
+            log.error("step %d can't be had on %s: %s", item.step, place.level.name, error)  # noqa: TRY400
+            return
+        with self._condition:
+            state.sent = item.step
+            state.changed = True
+            state.failures = 0
+            state.error = None
+        # the first level may let go of it
+        self._wake()
+
+    def _keep_first(self) -> float | None:
+        """Record what was measured beside new checkpoints, and prune the first level."""
+        for item in self._on_disk():
+            self._record(item)
+        if self._first.keep is None or self._taken_over():
+            return None
+        owed: set[int] = set()
+        for place in self._places:
+            if place.present is None:
+                return None  # who looks there wakes this one up
+            owed.update(item.step for item in self._owed(place))
+        report = prune(self._first.place, Any(self._first.keep, _Steps(owed)))
+        self._pruning = f"{report.failed[0][0]}: {report.failed[0][1]}" if report.failed else None
+        if report.removed:
+            with self._condition:
+                self._known = {key: item for key, item in self._known.items() if os.path.lexists(key[0])}
+        return None
+
+    # what is where
+
+    def _on_disk(self) -> list[_OnDisk]:
+        """The committed checkpoints of the first level, the newest first."""
+        found: list[_OnDisk] = []
+        try:
+            entries = list(os.scandir(self._first.place))
+        except FileNotFoundError:
+            return []
+        for entry in entries:
+            if entry.is_symlink():
+                continue
+            try:
+                info = os.stat(os.path.join(entry.path, names.MANIFEST))
+            except OSError:
+                continue
+            key = (entry.path, info.st_ino, info.st_mtime_ns)
+            with self._condition:
+                known = key in self._known
+                item = self._known.get(key)
+            if not known:
+                item = _read(entry.path)
+                with self._condition:
+                    self._known[key] = item
+            if item is not None:
+                found.append(item)
+        return sorted(found, key=lambda item: -item.step)
+
+    def _owed(self, place: Place) -> list[_OnDisk]:
+        """What is due on a level and is not there, and would not be pruned there at once; the newest first."""
+        present = place.present or set()
+        disk = self._on_disk()
+        owed = [
+            item
+            for item in disk
+            if item.step not in present | place.brought | place.refused and _is_due(place.level, item)
+        ]
+        if place.level.keep is not None:
+            metrics = {item.step: item.note.metrics for item in disk}
+            steps = present | {item.step for item in owed}
+            stay = kept(place.level.keep, [Saved(step, metrics.get(step, {})) for step in steps])
+            owed = [item for item in owed if item.step in stay]
+        return owed
+
+    def _record(self, item: _OnDisk) -> None:
+        """Put the metrics of a checkpoint beside it, once: what a user records later stands."""
+        if not item.note.metrics or os.path.lexists(os.path.join(item.path, names.FACTS)):
+            return
+        with contextlib.suppress(CheckpointError):
+            update_facts(item.path, lambda facts: facts if facts.metrics else facts.changed(metrics=item.note.metrics))
+
+    def _taken_over(self) -> bool:
+        """Whether the trainers are gone and another job has the run; then its levels are that one's business."""
+        if self._since is None:
+            return False
+        self._over = self._over or held_by_another(self._run_folder)
+        return self._over
+
+    # telling
+
+    def _tell(self) -> None:
+        """Say how far it is, for the trainers."""
+        with self._condition:
+            tree = {
+                "seen": self._seen,
+                "pruning": self._pruning,
+                "done": all(done == self._wakes for done in self._done.values()),
+                "levels": {name: state.tree() for name, state in self._states.items()},
+            }
+            temporary = os.path.join(self._home, f".{STATUS}.tmp")
+            with contextlib.suppress(OSError):
+                with open(temporary, "w", encoding="ascii") as stream:
+                    json.dump(tree, stream)
+                os.replace(temporary, os.path.join(self._home, STATUS))
+
+
+class _State:
+    """How far a level is."""
+
+    def __init__(self) -> None:
+        self.owed: list[int] = []
+        self.sent: int | None = None
+        """The step that was brought last."""
+        self.refused: dict[int, str] = {}
+        """Steps that can't be brought, and why."""
+        self.error: str | None = None
+        self.failures = 0
+        self.changed = True
+        """Whether it has something new since it was pruned."""
+
+    def tree(self) -> dict[str, Anything]:
+        return {
+            "owed": self.owed,
+            "sent": self.sent,
+            "refused": {str(step): why for step, why in self.refused.items()},
+            "error": self.error,
+        }
+
+
+def _read(path: str) -> _OnDisk | None:
+    """What a checkpoint says of itself; None when it is of no step, or can't be read."""
+    try:
+        root = read_root(path)
+    except (CheckpointError, OSError):
+        return None
+    return None if root.step is None else _OnDisk(path, root.step, note_of(root.values))
+
+
+def _is_due(level: Level, item: _OnDisk) -> bool:
+    """Whether a checkpoint is to be on a level: as was decided when it was saved, else by the level's rule."""
+    if item.note.levels is not None:
+        return level.name in item.note.levels
+    return level.every is None or level.every.due(item.step)

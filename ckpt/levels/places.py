@@ -1,0 +1,58 @@
+"""A further level of a run, as the flow uses it: what is there, bringing a checkpoint, pruning; a folder or a store."""
+
+from __future__ import annotations
+
+import os
+
+from ckpt.levels.prune import prune
+from ckpt.levels.tiers import Level
+from ckpt.transfer.copy import copy
+from ckpt_formats.errors import CheckpointNotFoundError
+from ckpt_formats.native import names
+from ckpt_formats.runs import State, find_checkpoints
+
+__all__ = ["Place"]
+
+
+class Place:
+    """A further level.
+
+    Attributes:
+        present: the steps that are there; None before `look`.
+        refused: steps that can't be brought.
+        brought: steps that were; they are not brought again when they have been pruned there.
+    """
+
+    def __init__(self, level: Level) -> None:
+        self.level = level
+        self.present: set[int] | None = None
+        self.refused: set[int] = set()
+        self.brought: set[int] = set()
+
+    def look(self) -> None:
+        """See what is there. Raises CheckpointError, OSError."""
+        try:
+            found = find_checkpoints(self.level.place)
+        except CheckpointNotFoundError:
+            found = []
+        self.present = {item.step for item in found if item.step is not None and item.state is not State.NOT_COMMITTED}
+
+    def bring(self, path: str, step: int) -> None:
+        """Have the checkpoint in folder `path` there, whole and committed.
+
+        Raises:
+            CheckpointExistsError: another one is there.
+            CorruptionError, FormatError: it is damaged.
+            SaveFailedError, OSError: it can't be brought now.
+        """
+        copy(path, os.path.join(self.level.place, names.step_folder(step)))
+        self.brought.add(step)
+        if self.present is not None:
+            self.present.add(step)
+
+    def prune(self) -> None:
+        """Remove what need not be kept there. Raises CheckpointError, OSError."""
+        if self.level.keep is None:
+            return
+        prune(self.level.place, self.level.keep)
+        self.look()

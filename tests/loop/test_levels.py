@@ -1,0 +1,209 @@
+"""Levels: what was committed on the first goes on to the others, whoever dies when, and each is pruned by its rule."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt
+from ckpt.levels.record import read_levels
+from ckpt_formats.facts import read_facts
+from ckpt_formats.runs import State, find_checkpoints
+from tests.ranks import Killed, run_ranks
+
+
+def saved(run: Path) -> list[int]:
+    """The steps of the whole checkpoints of a run."""
+    return [item.step or 0 for item in find_checkpoints(run) if item.state is State.WHOLE] if run.is_dir() else []
+
+
+def until(true: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+    """Wait for a condition, for a limited time."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.01)
+
+
+def train(run: Path, steps: int, each: Callable[[Any, int], object] = lambda *_: None, **options: Any) -> list[int]:
+    state: dict[str, object] = {"w": torch.zeros(1000), "count": 0}
+    made = []
+    with ckpt.Checkpointer(run, state, **options) as loop:
+        assert state["count"] == loop.step
+        for step in loop.steps(steps):
+            state["count"] = step
+            loop.log(loss=abs(step - 4.5))
+            each(loop, step)
+            made.append(step)
+    return made
+
+
+def agents() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(f"ckpt-agent-{os.getuid()}-")}
+
+
+def test_each_level_has_what_is_due_there_and_keeps_what_its_rule_says(tmp_path: Path) -> None:
+    tiers = [
+        ckpt.Disk(every=1, keep=2),
+        ckpt.Disk(tmp_path / "far", every=2, keep=ckpt.Any(2, ckpt.EveryN(6), ckpt.BestN(1, "loss"))),
+        ckpt.Disk(tmp_path / "all"),
+    ]
+    train(tmp_path / "run", 12, tiers=tiers)
+    assert saved(tmp_path / "run") == [11, 12]
+    # the two newest, the sixths, and step 4, whose loss is the least of the even steps
+    assert saved(tmp_path / "far") == [4, 6, 10, 12]
+    assert saved(tmp_path / "all") == list(range(1, 13))
+    assert read_facts(tmp_path / "far" / "step_00000004").metrics == {"loss": 0.5}
+    for name in ("run", "far", "all"):
+        with ckpt.open(tmp_path / name / "step_00000012") as checkpoint:
+            assert checkpoint.values["count"] == 12
+
+
+def test_a_run_says_which_levels_it_has_but_not_their_secrets(tmp_path: Path) -> None:
+    train(tmp_path / "run", 1, tiers=[ckpt.Disk(every="10min", keep=3), ckpt.Disk(tmp_path / "far", every=2)])
+    levels = read_levels(tmp_path / "run")
+    assert levels is not None
+    assert [(level.name, level.place, str(level.every)) for level in levels] == [
+        ("disk", str(tmp_path / "run"), "every 10 min"),
+        ("disk2", str(tmp_path / "far"), "every 2 steps"),
+    ]
+    secret = ckpt.Remote("memory://bucket/run", options={"key": "secret"})
+    assert "secret" not in repr(ckpt.Checkpointer(tmp_path, {}, tiers=[secret]).levels)
+
+
+def test_what_is_due_elsewhere_and_not_there_yet_is_not_pruned(tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    far.touch()  # a file: nothing can be brought there
+
+    def mend(loop: Any, step: int) -> None:
+        if step == 8:
+            until(lambda: saved(tmp_path / "run")[-1:] == [7], "step 7 to be committed")
+            assert {2, 4, 6, 7} <= set(saved(tmp_path / "run"))
+            far.unlink()
+
+    train(tmp_path / "run", 9, mend, tiers=[ckpt.Disk(every=1, keep=1), ckpt.Disk(far, every=2)])
+    # the last step goes everywhere
+    assert saved(far) == [2, 4, 6, 8, 9]
+    assert saved(tmp_path / "run") == [9]
+
+
+def test_what_would_be_pruned_there_at_once_is_not_sent(tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    far.touch()
+
+    def mend(loop: Any, step: int) -> None:
+        if step == 8:
+            until(lambda: saved(tmp_path / "run")[-1:] == [7], "step 7 to be committed")
+            far.unlink()
+            far.mkdir()
+            # from now on a copy would be seen
+            os.utime(far, (1, 1))
+
+    train(tmp_path / "run", 8, mend, tiers=[ckpt.Disk(every=1), ckpt.Disk(far, keep=2)])
+    assert saved(far)[-1:] == [8]
+    assert len(saved(far)) <= 2
+
+
+def test_damage_on_the_first_level_does_not_travel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    far = tmp_path / "far"
+    far.touch()
+
+    def damage(loop: Any, step: int) -> None:
+        if step == 3:
+            until(lambda: saved(tmp_path / "run") == [1, 2], "step 2 to be committed")
+            (data,) = (tmp_path / "run" / "step_00000002" / "data").iterdir()
+            content = bytearray(data.read_bytes())
+            content[-5] ^= 1
+            data.write_bytes(content)
+            far.unlink()
+
+    train(tmp_path / "run", 4, damage, tiers=[ckpt.Disk(every=1), ckpt.Disk(far)])
+    assert saved(far) == [1, 3, 4]
+    assert "step 2 can't be had on disk2" in caplog.text
+
+
+def killed(rank: int, world_size: int, folder: str, steps: int) -> None:
+    state = {"w": torch.zeros(1000), "count": 0}
+    tiers = [ckpt.Disk(every=1, keep=1), ckpt.Disk(f"{folder}/far", every=2)]
+    with ckpt.Checkpointer(f"{folder}/run", state, tiers=tiers) as loop:
+        for step in loop.steps(steps + 1):
+            state["count"] = step
+            if step == steps + 1:
+                # the save of the step before is captured by all; nobody waits for more
+                torch.distributed.barrier()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_flow_goes_on_although_all_trainers_are_killed(tmp_path: Path) -> None:
+    before = agents()
+    results = run_ranks(killed, 2, str(tmp_path), 6, allow_death=True)
+    assert all(isinstance(result, Killed) for result in results)
+    until(lambda: agents() <= before, "the agent to be done and leave nothing")
+    assert set(saved(tmp_path / "far")) >= {2, 4}
+    assert saved(tmp_path / "run")[-1] == saved(tmp_path / "far")[-1]
+
+
+def test_a_start_goes_on_with_what_was_not_on_all_levels_when_everything_died(tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    train(tmp_path / "run", 6, tiers=[ckpt.Disk(every=1), ckpt.Disk(far, every=2)])
+    # as if the agent had died too
+    shutil.rmtree(far)
+    shutil.rmtree(tmp_path / "run" / "step_00000006")
+    train(tmp_path / "run", 7, tiers=[ckpt.Disk(every=1, keep=1), ckpt.Disk(far, every=2)])
+    assert saved(far) == [2, 4, 6, 7]
+    assert saved(tmp_path / "run") == [7]
+
+
+def test_the_agent_of_a_job_before_leaves_the_levels_to_the_next(tmp_path: Path) -> None:
+    before = agents()
+    (tmp_path / "far").touch()
+    run_ranks(killed, 1, str(tmp_path), 4, allow_death=True)
+    (old,) = agents() - before
+    # it would go on for an hour; it lets the next job have the run when everything that was captured is written
+    until(lambda: saved(tmp_path / "run")[-1:] >= [3], "the agent to commit")
+    tiers = [ckpt.Disk(every=1, keep=1), ckpt.Disk(tmp_path / "far", every=2)]
+
+    def mend(loop: Any, step: int) -> None:
+        if step == 8:
+            until(lambda: old not in agents(), "the old agent to end")
+            (tmp_path / "far").unlink()
+
+    train(tmp_path / "run", 8, mend, tiers=tiers)
+    assert saved(tmp_path / "run") == [8]
+    assert saved(tmp_path / "far") == [2, 4, 6, 8]
+
+
+def test_a_lost_disk_is_made_up_for_by_another_level(tmp_path: Path) -> None:
+    tiers = [ckpt.Disk(every=1, keep=2), ckpt.Disk(tmp_path / "far", every=3)]
+    train(tmp_path / "run", 7, tiers=tiers)
+    shutil.rmtree(tmp_path / "run")
+    assert train(tmp_path / "run", 9, tiers=tiers) == [8, 9]
+    shutil.rmtree(tmp_path / "far" / "step_00000009")
+    shutil.rmtree(tmp_path / "run")
+    assert train(tmp_path / "run", 9, tiers=tiers) == [8, 9]
+    assert saved(tmp_path / "far") == [3, 6, 7, 9]
+
+
+def test_levels_that_can_not_be_understood_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    assert read_levels(tmp_path) is None
+    for text in ("{", "[]", '{"format": "ckpt-levels", "version": 9, "levels": []}', json.dumps({"format": 3})):
+        (tmp_path / "levels.json").write_text(text)
+        with pytest.raises(ValueError, match=r"levels\.json"):
+            read_levels(tmp_path)
+
+
+def test_only_a_remote_gets_a_disk_that_holds_what_is_on_its_way() -> None:
+    levels = ckpt.Checkpointer("/runs/a", {}, tiers=[ckpt.Remote("s3://bucket/a", every=500, keep=5)]).levels
+    assert [(level.name, level.place, str(level.every), level.keep) for level in levels] == [
+        ("disk", "/runs/a", "every 500 steps", ckpt.LatestN(1)),
+        ("remote", "s3://bucket/a", "every 500 steps", ckpt.LatestN(5)),
+    ]

@@ -251,7 +251,7 @@ class AsyncSaver:
                         problem = problem or error
                 # no rank may hand over its part before rank 0 has opened the save
                 group.agree(problem)
-                files, nbytes = lay_files(planned.chunks)
+                files, nbytes = lay_files(planned.chunks, planned.layouts())
                 with operation.waiting("room in the arena"):
                     slot = self._slot(client, nbytes, attempt.path)
                 owned = self._fence(state) if capture == "lazy" else frozenset()
@@ -261,8 +261,11 @@ class AsyncSaver:
                     self._capture(client, files, slot, pending, owned, operation)
             except BaseException as error:
                 operation.end(error)
-                with contextlib.suppress(CheckpointError):
+                try:
                     client.abandon(planned.attempt, slot, error)
+                except CheckpointError:
+                    # the agent, which would have, is gone
+                    attempt.discard()
                 raise
         if group.rank == 0 and self._follow:
             self._outcomes.add(pending)

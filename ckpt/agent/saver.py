@@ -7,7 +7,6 @@ when every rank has captured, the save completes although all trainers die.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading

@@ -14,13 +14,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ckpt.agent.arena import MappedArena
+from ckpt.agent.homes import make_home
 from ckpt.agent.wire import SOCKET, Channel, Message, failure
 from ckpt.collective import Collective
 from ckpt.storage.publish import Folder
@@ -36,8 +36,6 @@ ASKED_EVERY = 10.0
 """Seconds after which somebody who waits asks again."""
 SILENCE = 30.0
 """Seconds without an answer after which the agent counts as gone."""
-MEMORY = "/dev/shm"  # noqa: S108 - a folder of our own is made in it, which only this user can enter
-"""Where arenas lie; the temporary folder where there is no such file system."""
 
 
 Launcher = Callable[[], str]
@@ -130,6 +128,8 @@ class AgentClient:
 
     def alive(self) -> bool:
         """Whether saves can be begun: neither the agent of this node nor another has been lost. Never waits."""
+        if self._channel.fileno() < 0:
+            return False  # it did not answer once
         poll = select.poll()
         poll.register(self._watch.fileno(), select.POLLIN)
         return not poll.poll(0)
@@ -225,8 +225,7 @@ def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_
     Raises:
         SaveFailedError: it did not start in time.
     """
-    shared = MEMORY if os.access(MEMORY, os.W_OK) else tempfile.gettempdir()
-    home = tempfile.mkdtemp(prefix=f"ckpt-agent-{os.getuid()}-", dir=shared)
+    home, lock = make_home()
     ready, other_end = os.pipe()
     try:
         with open(os.path.join(home, "log"), "wb") as log:
@@ -236,7 +235,7 @@ def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                pass_fds=[other_end, *keep_open],
+                pass_fds=[other_end, lock, *keep_open],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
         os.close(other_end)
@@ -250,6 +249,7 @@ def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_
             shutil.rmtree(home, ignore_errors=True)
             raise SaveFailedError(f"the agent did not start: {' '.join(last) or 'no answer'}; ckpt.save needs none")
     finally:
+        os.close(lock)
         os.close(ready)
         if other_end >= 0:
             os.close(other_end)

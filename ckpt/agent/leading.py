@@ -282,7 +282,8 @@ class Leader:
             lost = [save for save in self._saves.values() if not save.over and rank not in save.captured]
         for save in lost:
             where = self._crew.where(rank)
-            self._fail(save, f"rank {rank}{where} ended before its part of the save was captured", "RankError")
+            why = f"{save.folder.path}: rank {rank}{where} ended before its part of the save was captured"
+            self._fail(save, why, "RankError")
 
     def wait(self, attempt: str, until: str, timeout: float) -> Message:
         """See Committer."""

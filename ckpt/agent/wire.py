@@ -89,6 +89,7 @@ class Channel:
                 self.close()
                 raise gone(self.name, error) from error
         if answer is None:
+            self.close()
             raise gone(self.name, None)
         return answer
 

@@ -16,6 +16,7 @@ from typing import Any as Anything
 from ckpt.levels.every import Every, EveryLike, every
 from ckpt.levels.policies import Any, BestN, EveryN, LatestN, Policy, policy
 from ckpt_formats.errors import StateError
+from ckpt_formats.native.node_folders import NODE
 from ckpt_formats.remote import configure, is_url, normal
 
 __all__ = ["Disk", "Level", "Remote", "levels_from_json", "levels_to_json", "settle"]
@@ -26,7 +27,8 @@ class Disk:
     """A folder on a local or mounted file system."""
 
     path: str | os.PathLike[str] | None = None
-    """Where the checkpoints lie; by default in the run's own folder."""
+    """Where the checkpoints lie; by default in the run's own folder. With `{node}` in it, each node has a disk of its
+    own, and on it its part of each checkpoint."""
     every: EveryLike | None = None
     """How often; by default as often as the Checkpointer says, and on a further level, each checkpoint."""
     keep: Policy | int | None = None
@@ -113,6 +115,13 @@ def settle(
         if any(other.place == place for other in levels):
             raise StateError(f"two levels lie in {place}; give each a place of its own")
         levels.append(level)
+    if NODE in levels[0].place and len(levels) > 1:
+        raise StateError(
+            f"checkpoints on node-local disks ({levels[0].place}) do not flow to other levels yet, since no node has "
+            "all of one; save to storage that all nodes share, and let it flow from there"
+        )
+    if any(NODE in level.place for level in levels[1:]):
+        raise StateError(f"only the first level can be node-local disks ({NODE} in its path)")
     _require_json(levels)
     return levels
 

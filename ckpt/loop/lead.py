@@ -23,6 +23,7 @@ from ckpt.levels.flow import STATUS
 from ckpt.levels.record import write_levels
 from ckpt.levels.tiers import Level
 from ckpt.planning.interval import best_interval
+from ckpt.storage.objects import ObjectStore
 from ckpt_formats.errors import CheckpointError, SaveFailedError
 
 __all__ = ["Lead"]
@@ -59,6 +60,7 @@ class Lead:
 
     Raises:
         SaveFailedError: the run can't be had.
+        StoreError: a remote level can't be used.
     """
 
     def __init__(self, run: str, levels: Sequence[Level], mtbf: float) -> None:
@@ -88,10 +90,20 @@ class Lead:
                 raise
             raise _unwritable(run, error) from error
         try:
+            for level in levels:
+                if level.remote:
+                    level.configure()
+                    # what is wrong with a store is better known now than when the first checkpoint is due there
+                    ObjectStore(level.place).check()
             write_levels(run, levels)
         except OSError as error:
             self.claim.release()
+            if isinstance(error, CheckpointError):
+                raise
             raise _unwritable(run, error) from error
+        except BaseException:
+            self.claim.release()
+            raise
 
     def __enter__(self) -> Self:
         return self

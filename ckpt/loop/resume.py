@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import MutableMapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.levels.tiers import Level
@@ -23,6 +23,8 @@ from ckpt_formats.errors import (
     UnknownDtypeError,
     UnknownVersionError,
 )
+from ckpt_formats.native.node_folders import NODE, folders_of
+from ckpt_formats.remote import is_url
 from ckpt_formats.runs import State, find_checkpoints
 
 __all__ = ["DAMAGED", "Resumed", "resume"]
@@ -62,12 +64,11 @@ def resume(
     group = Collective(process_group)
     failure: BaseException | None = None
     mine = b"[]"
-    if group.rank == 0:
-        try:
-            mine = json.dumps(_candidates(levels)).encode()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
-            failure = error
-    candidates = [_Candidate(*item) for item in json.loads(group.exchange(mine, failure, lambda each: each[0]))]
+    try:
+        mine = json.dumps(_candidates(levels, everywhere=group.rank == 0)).encode()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+        failure = error
+    candidates = [_Candidate(*item) for item in json.loads(group.exchange(mine, failure, _joined))]
     bad: list[_Candidate] = []
     for candidate in candidates:
         try:
@@ -81,8 +82,9 @@ def resume(
             if group.rank == 0:
                 log.error("step %d on %s can't be used: %s", candidate.step, candidate.level, error)  # noqa: TRY400
             continue
+        _clear([item for item in bad if group.rank == 0 or NODE in item.path])
         if group.rank == 0:
-            _say(candidate, bad, levels)
+            _say(candidate, bad)
         return Resumed(candidate.step, candidate.path)
     if bad:
         raise CorruptionError(
@@ -93,10 +95,15 @@ def resume(
     return None
 
 
-def _candidates(levels: Sequence[Level]) -> list[_Candidate]:
-    """Everything that was committed, the newest first, and of one step the fastest level's first."""
+def _candidates(levels: Sequence[Level], *, everywhere: bool) -> list[tuple[int, int, _Candidate]]:
+    """Everything that was committed, with the number of its level; on node-local disks, as far as this rank sees it.
+    The rest is told by one rank, for `everywhere`.
+    """
     found: list[tuple[int, int, _Candidate]] = []
     for number, level in enumerate(levels):
+        node_local = NODE in level.place
+        if not (node_local or everywhere):
+            continue
         try:
             items = find_checkpoints(level.place)
         except CheckpointNotFoundError:
@@ -107,34 +114,52 @@ def _candidates(levels: Sequence[Level]) -> list[_Candidate]:
             if item.step is None or item.state is State.NOT_COMMITTED:
                 continue
             problem = item.problem
+            if node_local and item.state is State.PARTIAL:
+                problem = None  # what lies on other nodes, other ranks may see
             if problem is not None and item.path not in problem:
                 problem = f"{item.path}: {problem}"
-            found.append((-item.step, number, _Candidate(level.name, item.path, item.step, problem)))
-    return [candidate for _, _, candidate in sorted(found, key=lambda item: item[:2])]
+            found.append((item.step, number, _Candidate(level.name, item.path, item.step, problem)))
+    return found
 
 
-def _say(candidate: _Candidate, bad: Sequence[_Candidate], levels: Sequence[Level]) -> None:
-    """Tell what is gone on from, and clear the way for the steps that are trained again."""
-    remote = {level.name for level in levels if level.remote}
-    for item in bad:
-        if item.level in remote:
-            continue
-        try:
-            aside = _move_aside(item.path)
-        except OSError as error:
-            log.error("%s is damaged and can't be moved aside (%s); remove it", item.path, error.strerror)  # noqa: TRY400
-        else:
-            log.warning("moved aside what is damaged: %s", aside)
+def _joined(payloads: Sequence[bytes]) -> bytes:
+    """What all ranks see, the newest first, and of one step the fastest level's first."""
+    found: dict[tuple[int, int, str], list[Any]] = {}
+    for payload in payloads:
+        for step, number, candidate in json.loads(payload):
+            key = (-step, number, candidate[1])
+            # one that some rank finds whole, or may
+            if key not in found or candidate[3] is None:
+                found[key] = candidate
+    return json.dumps([candidate for _, candidate in sorted(found.items())]).encode()
+
+
+def _say(candidate: _Candidate, bad: Sequence[_Candidate]) -> None:
     lost = {item.step for item in bad} - {candidate.step}
-    back = f", after {len(lost)} newer that can't be used" if lost else ""
     log.log(
         logging.WARNING if bad else logging.INFO,
         "goes on after step %d, from %s (%s)%s",
         candidate.step,
         candidate.path,
         candidate.level,
-        back,
+        f", after {len(lost)} newer that can't be used" if lost else "",
     )
+
+
+def _clear(bad: Sequence[_Candidate]) -> None:
+    """Clear the way for the steps that are trained again."""
+    for item in bad:
+        if is_url(item.path):
+            continue
+        for folder in folders_of(item.path):
+            try:
+                aside = _move_aside(folder)
+            except FileNotFoundError:
+                continue  # another rank of this node was faster
+            except OSError as error:
+                log.error("%s is damaged and can't be moved aside (%s); remove it", folder, error.strerror)  # noqa: TRY400
+            else:
+                log.warning("moved aside what is damaged: %s", aside)
 
 
 def _move_aside(path: str) -> str:

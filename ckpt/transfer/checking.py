@@ -15,7 +15,7 @@ from ckpt_formats.digest import Hasher, digest
 from ckpt_formats.encoded import EncodedChunk
 from ckpt_formats.errors import CorruptionError, FormatError
 from ckpt_formats.native.regions import ChunkAt, Segment
-from ckpt_formats.sources import LocalFile
+from ckpt_formats.sources import ByteSource
 
 __all__ = ["Check", "Piece", "pieces"]
 
@@ -32,7 +32,7 @@ class Piece(NamedTuple):
     """What the bytes have to go through first, all at once; raises BlockError."""
 
 
-def pieces(source: LocalFile, segments: Iterable[Segment], block_size: int) -> Iterator[Piece]:
+def pieces(source: ByteSource, segments: Iterable[Segment], block_size: int) -> Iterator[Piece]:
     """The pieces of a file; chunks with a codec block by block, by their tables, which are read from the file first."""
     for start, stop, expected, chunk in segments:
         if chunk is None or chunk.codec == RAW:
@@ -41,7 +41,7 @@ def pieces(source: LocalFile, segments: Iterable[Segment], block_size: int) -> I
             yield from _encoded_pieces(source, chunk, block_size)
 
 
-def _encoded_pieces(source: LocalFile, chunk: ChunkAt, block_size: int) -> Iterator[Piece]:
+def _encoded_pieces(source: ByteSource, chunk: ChunkAt, block_size: int) -> Iterator[Piece]:
     nbytes = chunk.box.numel * chunk.meta.dtype.itemsize
     word = word_size(chunk.meta.dtype)
     stored = EncodedChunk(chunk.start, chunk.stop - chunk.start, nbytes, block_size, word)

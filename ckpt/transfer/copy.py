@@ -1,7 +1,8 @@
 """Copying a checkpoint byte for byte, every byte verified on the way, committed at the target as a save commits.
 
 A file gets its name at the target when it is whole and on stable storage; so a copy that was cut short goes on from the
-files that are there. Memory is a few buffers beside the index. Knows mounted file systems only.
+files that are there. Memory is a few buffers beside the index. Source and target are folders or URLs of stores; how
+a checkpoint is written to a store is in uploading.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from ckpt.storage.facts import write_facts
 from ckpt.storage.files import ALIGNMENT, File, Files
 from ckpt.storage.publish import discard, prepare_folder, publish_encoded
 from ckpt.transfer.checking import Check, pieces
+from ckpt.transfer.uploading import Uploading
 from ckpt_formats.codecs import require_known
+from ckpt_formats.digest import Hasher
 from ckpt_formats.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -30,6 +33,7 @@ from ckpt_formats.errors import (
     CorruptionError,
     FormatError,
     SaveFailedError,
+    StoreError,
 )
 from ckpt_formats.facts import Facts, read_facts
 from ckpt_formats.locks import held
@@ -37,13 +41,16 @@ from ckpt_formats.native import names
 from ckpt_formats.native.reader import is_native, load_page, read_root, require_size
 from ckpt_formats.native.regions import ChunkTable, Segment
 from ckpt_formats.native.root import MAX_SIZE, PageFile, Root, decode
+from ckpt_formats.remote import is_url, normal
 from ckpt_formats.runs import Found, State, find_checkpoints
-from ckpt_formats.sources import LocalFile, open_plain
+from ckpt_formats.sources import ByteSource, open_source, read_small
 
 __all__ = ["CopyResult", "RunCopyResult", "copy", "copy_run"]
 
 BUFFERS = 3
 """Buffers of a copy: while one is written, the next is read and checked."""
+AHEAD = 4
+"""Buffers that are being filled at once from a store, where each read waits for an answer."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -95,11 +102,12 @@ def copy(
     While it is copied it is not pruned. When the same checkpoint lies at the target already, nothing is done.
 
     Args:
-        source: a checkpoint's folder.
-        target: the copy's folder. Files of an earlier copy that did not end are used again if they are whole.
+        source: a checkpoint's folder, or its URL in a store.
+        target: the copy's folder or URL. Files of an earlier copy that did not end are used again if they are whole;
+            on S3, the parts of files too.
         progress: called after each buffer.
-        files: what writes.
-        staging: buffers to copy through.
+        files: what writes to folders.
+        staging: buffers to copy through, AHEAD more of them than are written at once if the source is in a store.
 
     Raises:
         CheckpointNotFoundError: no checkpoint was committed at the source.
@@ -107,12 +115,15 @@ def copy(
         UnknownVersionError, UnknownCodecError, UnknownDtypeError: this release can't verify it.
         CheckpointExistsError: another checkpoint, or something else, lies at the target.
         SaveFailedError: writing failed; nothing was committed. The same call goes on where this one ended.
+        StoreError: so did a store; what is said of SaveFailedError holds.
     """
-    path, place = os.path.abspath(os.fspath(source)), os.path.abspath(os.fspath(target))
+    path, place = normal(source), normal(target)
     if not is_native(path):
         read_root(path)  # says what is there instead
     with Operation("copy", place) as operation, held(path):
-        work = _Copy(path, place, progress, files or Files(), staging or Staging(BUFFERS))
+        staging = staging or Staging(_buffers(path))
+        kind = _Upload if is_url(place) else _Copy
+        work = kind(path, place, progress, files or Files(), staging)
         operation.step = work.root.step
         present = work.is_there()
         if not present:
@@ -152,7 +163,7 @@ def copy_run(
         CheckpointNotFoundError: no such run, or it has no checkpoint of one of `steps`.
         CheckpointExistsError, SaveFailedError: see `copy`. What was copied before that stays.
     """
-    run, place = os.path.abspath(os.fspath(source)), os.path.abspath(os.fspath(target))
+    run, place = normal(source), normal(target)
     # a link to a checkpoint of the run would be a second copy of it
     found = [item for item in find_checkpoints(run) if not os.path.islink(item.path)]
     if any(item.path == run for item in found):
@@ -167,7 +178,7 @@ def copy_run(
                 path=run,
                 step=missing[0],
             )
-    files, staging = files or Files(), Staging(BUFFERS)
+    files, staging = files or Files(), Staging(_buffers(run))
     total = sum(item.bytes for item in chosen)
     before = 0
 
@@ -191,6 +202,10 @@ def copy_run(
         failed=failed,
         uncommitted=[item.path for item in found if item.state is State.NOT_COMMITTED],
     )
+
+
+def _buffers(source: str) -> int:
+    return AHEAD + BUFFERS if is_url(source) else BUFFERS
 
 
 def _problem(item: Found) -> str:
@@ -229,11 +244,7 @@ class _Copy:
                 same = False
             if same:
                 return True
-            raise CheckpointExistsError(
-                f"{self._target} holds another checkpoint, and checkpoints are never overwritten; copy to another "
-                "path, or remove that one first",
-                path=self._target,
-            )
+            raise self._other()
         if os.path.isdir(self._target):
             known = (names.DATA, names.INDEX, names.FACTS)
             foreign = sorted(
@@ -247,10 +258,22 @@ class _Copy:
                 )
         return False
 
+    def _other(self) -> CheckpointExistsError:
+        return CheckpointExistsError(
+            f"{self._target} holds another checkpoint, and checkpoints are never overwritten; copy to another path, or "
+            "remove that one first",
+            path=self._target,
+        )
+
     def run(self) -> None:
         """Copy and commit."""
         checks = self._checks()
         facts = self._facts()
+        self._commit(checks, facts)
+        self.copied += len(self._manifest)
+        self._report(0)
+
+    def _commit(self, checks: Iterator[tuple[str, int, Iterable[Segment]]], facts: Facts) -> None:
         folder = prepare_folder(self._files, self._target)
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="ckpt-copy") as pool:
@@ -269,8 +292,6 @@ class _Copy:
                     step=self.root.step,
                 ) from error
             raise
-        self.copied += len(self._manifest)
-        self._report(0)
 
     def _checks(self) -> Iterator[tuple[str, int, Iterable[Segment]]]:
         """Each file that the root lists, with the segments that it must consist of."""
@@ -309,7 +330,7 @@ class _Copy:
             return
         folder, _, _ = path.rpartition("/")
         temporary = os.path.join(self._target, folder, names.temporary("copy", self._attempt))
-        source = LocalFile(os.path.join(self._source, path))
+        source = open_source(os.path.join(self._source, path))
         try:
             require_size(source, size)
             with self._files.create(temporary, direct=size >= ALIGNMENT) as file:
@@ -321,23 +342,46 @@ class _Copy:
         self._files.rename(temporary, final)
         self.copied += size
 
-    def _write(self, file: File, source: LocalFile, size: int, check: Check, pool: ThreadPoolExecutor) -> None:
+    def _windows(self, source: ByteSource, size: int) -> Iterator[tuple[int, mmap.mmap, int]]:
+        """The bytes of a file in order: position, a buffer, which is the caller's to release, and how much is in it."""
+        ahead = AHEAD if is_url(self._source) else 1
+        reading: deque[tuple[int, mmap.mmap, int, Future[None]]] = deque()
+        starts = iter(range(0, size, self._staging.size))
+        with ThreadPoolExecutor(ahead, thread_name_prefix="ckpt-copy-read") as pool:
+            try:
+                for start in starts:
+                    buffer = self._staging.acquire()
+                    stop = min(start + self._staging.size, size)
+                    window = memoryview(buffer)[: stop - start]
+                    reading.append((start, buffer, stop - start, pool.submit(source.read, start, stop, window)))
+                    if len(reading) == ahead:
+                        yield self._next(reading)
+                while reading:
+                    yield self._next(reading)
+            finally:
+                wait([read for _, _, _, read in reading])
+                for _, buffer, _, _ in reading:
+                    self._staging.release(buffer)
+
+    def _next(self, reading: deque[tuple[int, mmap.mmap, int, Future[None]]]) -> tuple[int, mmap.mmap, int]:
+        start, buffer, length, read = reading[0]
+        read.result()
+        reading.popleft()
+        return start, buffer, length
+
+    def _write(self, file: File, source: ByteSource, size: int, check: Check, pool: ThreadPoolExecutor) -> None:
         writes: deque[Future[None]] = deque()
         try:
-            for start in range(0, size, self._staging.size):
-                stop = min(start + self._staging.size, size)
-                buffer = self._staging.acquire()
+            for start, buffer, length in self._windows(source, size):
                 try:
-                    window = memoryview(buffer)[: stop - start]
-                    source.read(start, stop, window)
-                    check.update(window)
+                    check.update(memoryview(buffer)[:length])
                 except BaseException:
                     self._staging.release(buffer)
                     raise
-                writes.append(pool.submit(self._write_window, file, buffer, start, stop - start))
+                writes.append(pool.submit(self._write_window, file, buffer, start, length))
                 while writes and writes[0].done():
                     writes.popleft().result()
-                self._report(stop)
+                self._report(start + length)
             check.finish(size)
             while writes:
                 writes.popleft().result()
@@ -360,34 +404,93 @@ class _Copy:
 
     def _is_whole(self, path: str, size: int, segments: Sequence[Segment]) -> bool:
         """Whether an earlier copy left this file, and every byte of it is right."""
-        source = LocalFile(path)
-        buffer = None
+        if not is_url(path) and not os.path.isfile(path):
+            return False
+        source = open_source(path)
         try:
-            if not os.path.isfile(path) or source.size() != size:
+            if source.size() != size:
                 return False
-            buffer = self._staging.acquire()
             check = self._check(source, segments)
-            for start in range(0, size, self._staging.size):
-                stop = min(start + self._staging.size, size)
-                window = memoryview(buffer)[: stop - start]
-                source.read(start, stop, window)
-                check.update(window)
-                self._report(stop)
+            for start, buffer, length in self._windows(source, size):
+                try:
+                    check.update(memoryview(buffer)[:length])
+                finally:
+                    self._staging.release(buffer)
+                self._report(start + length)
             check.finish(size)
         except CorruptionError:
             return False
         finally:
             source.close()
-            if buffer is not None:
-                self._staging.release(buffer)
         return True
 
-    def _check(self, source: LocalFile, segments: Iterable[Segment]) -> Check:
+    def _check(self, source: ByteSource, segments: Iterable[Segment]) -> Check:
         return Check(source.name, pieces(source, segments, self.root.block_size))
 
     def _report(self, more: int) -> None:
         if self._progress is not None:
             self._progress(self.copied + self.verified + more, self.total)
+
+
+class _Upload(_Copy):
+    """A copy to a store."""
+
+    def is_there(self) -> bool:
+        try:
+            there = _manifest_of(self._target)
+        except FileNotFoundError:
+            return False
+        except CorruptionError:
+            there = b""
+        if there != self._manifest:
+            raise self._other()
+        return True
+
+    def _commit(self, checks: Iterator[tuple[str, int, Iterable[Segment]]], facts: Facts) -> None:
+        with Uploading(self._target) as uploading:
+            for path, size, segments in checks:
+                self._bring_up(uploading, path, size, list(segments))
+            uploading.wait()
+            if not uploading.commit(self._manifest, facts):
+                raise self._other()
+
+    def _bring_up(self, uploading: Uploading, path: str, size: int, segments: Sequence[Segment]) -> None:
+        contents = _contents(segments)
+        there = uploading.is_there(path, size, contents)
+        if there is None:
+            there = self._is_whole(os.path.join(self._target, path), size, segments)
+        if there:
+            self.verified += size
+            self._report(0)
+            return
+        source = open_source(os.path.join(self._source, path))
+        try:
+            require_size(source, size)
+            check = self._check(source, segments)
+            with uploading.file(path, size, contents) as file:
+                for start, buffer, length in self._windows(source, size):
+                    try:
+                        window = memoryview(buffer)[:length]
+                        check.update(window)
+                        if start + length == size:
+                            # before the last part goes: an object of a single part is there as soon as it is sent
+                            check.finish(size)
+                        file.write(window)
+                    finally:
+                        self._staging.release(buffer)
+                    self._report(start + length)
+        finally:
+            source.close()
+        self.copied += size
+
+
+def _contents(segments: Sequence[Segment]) -> str:
+    """What says what the bytes of a file are: the digest of all that the index says of them."""
+    hasher = Hasher()
+    for start, stop, expected, chunk in segments:
+        of_chunk = b"" if chunk is None else chunk.rows.digest[chunk.row].tobytes()
+        hasher.update(memoryview(f"{start} {stop} ".encode() + of_chunk + (expected or b"")))
+    return hasher.digest().hex()
 
 
 def _blocks(page: PageFile, block_size: int) -> Iterator[Segment]:
@@ -397,12 +500,14 @@ def _blocks(page: PageFile, block_size: int) -> Iterator[Segment]:
 
 
 def _manifest_of(folder: str) -> bytes:
-    """The bytes of a checkpoint's manifest."""
+    """The bytes of a checkpoint's manifest. Raises FileNotFoundError, CorruptionError, StoreError."""
     file = os.path.join(folder, names.MANIFEST)
     try:
-        with open(open_plain(file), "rb") as stream:
-            return stream.read(MAX_SIZE + 1)  # what is larger does not decode
-    except FileNotFoundError:
+        data = read_small(file, MAX_SIZE)
+    except (FileNotFoundError, StoreError):
         raise
     except OSError as error:
         raise CorruptionError(f"{file}: the manifest can't be read ({error.strerror})", path=file) from error
+    if data is None:
+        raise CorruptionError(f"{file}: has more bytes than a manifest may have", path=file)
+    return data

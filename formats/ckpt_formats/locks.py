@@ -1,7 +1,8 @@
 """Who uses a checkpoint now: shared and exclusive locks on its manifest, which end with the process that holds them.
 
 A reader or copier holds a checkpoint while it uses it; whoever removes it asks for it alone, and is refused until then.
-Where the file system has no locks (some network file systems), nobody is protected and nobody is refused.
+Where the file system has no locks (some network file systems), nobody is protected and nobody is refused. In a store,
+leases do the same (leases.py).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ckpt_formats import leases
 from ckpt_formats.errors import CheckpointNotFoundError
 from ckpt_formats.native import names
+from ckpt_formats.remote import is_url
 from ckpt_formats.sources import open_plain
 
 __all__ = ["alone", "held"]
@@ -32,6 +35,10 @@ def held(path: str) -> Iterator[None]:
         CheckpointNotFoundError: it is not there, or it is being removed now.
         OSError: its manifest can't be opened.
     """
+    if is_url(path):
+        with leases.held(path):
+            yield
+        return
     manifest = os.path.join(path, names.MANIFEST)
     try:
         fd = open_plain(manifest)
@@ -56,6 +63,10 @@ def alone(path: str) -> Iterator[bool]:
         CheckpointNotFoundError: it is not there any more.
         OSError: its manifest can't be opened.
     """
+    if is_url(path):
+        with leases.alone(path) as free:
+            yield free
+        return
     manifest = os.path.join(path, names.MANIFEST)
     try:
         fd = open_plain(manifest)

@@ -1,4 +1,4 @@
-"""Object stores, read through fsspec: ranges, whole small objects, listings, with retries and errors that people read.
+"""Object stores through fsspec: ranges, small objects, listings, with retries and errors that people read.
 
 Whatever fsspec reaches is named by a URL, such as s3://bucket/run/step_100; credentials and endpoints come from where
 the file system's own library looks for them (environment, its configuration files), or from `configure`. fsspec and
@@ -8,6 +8,7 @@ get better by that is told at once.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ckpt_formats.errors import CorruptionError, StoreError
 
-__all__ = ["PAUSES_S", "Entry", "RemoteFile", "Store", "configure", "is_url", "normal", "tidy"]
+__all__ = ["PAUSES_S", "Entry", "RemoteFile", "Store", "configure", "is_url", "normal", "response", "tidy"]
 
 T = TypeVar("T")
 
@@ -90,12 +91,16 @@ _lock = threading.Lock()
 
 def configure(url: str, options: Mapping[str, Any]) -> None:
     """Use these options of fsspec's file system, such as {"endpoint_url": …}, for all below a URL, in this process."""
+    at = normal(url)
     with _lock:
-        _options[normal(url)] = dict(options)
+        _options[at] = dict(options)
+        for key in [key for key in _systems if key[2] == at]:
+            del _systems[key]
 
 
 class Store:
-    """The file system behind a URL, for reading. Cheap to make; safe to use from several threads.
+    """The file system behind a URL. Cheap to make; safe to use from several threads. Large objects are written by
+    ckpt.storage.objects.
 
     Every method takes whole URLs of this store, and raises StoreError when the store can't be reached, refuses, or
     keeps failing.
@@ -170,7 +175,7 @@ class Store:
             try:
                 return bytes(self.system.cat_file(self.key(url), start=start, end=stop))
             except Exception as error:
-                if _response(error)[0] == 416:
+                if response(error)[0] == 416:
                     return b""  # the object ends before the range begins
                 raise
 
@@ -208,6 +213,15 @@ class Store:
         except FileNotFoundError:
             return []
         return [entry for entry in _entries(key, found) if not entry.folder]
+
+    def put(self, url: str, data: bytes) -> None:
+        """Have a small object, in place of one that is there; atomic where the store is one of objects."""
+        self.attempt(url, lambda: self.system.pipe_file(self.key(url), data))
+
+    def remove(self, url: str) -> None:
+        """Remove an object, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.attempt(url, lambda: self.system.rm_file(self.key(url)))
 
 
 class RemoteFile:
@@ -314,7 +328,7 @@ def _modified(info: Mapping[str, Any]) -> float | None:
 def _final(error: Exception, url: str) -> StoreError | None:
     """What an error means if trying again can't help, else None."""
     bucket = "/".join(url.split("/")[:3])
-    status, code, message = _response(error)
+    status, code, message = response(error)
     kind = {item.__name__ for item in type(error).__mro__}
     if isinstance(error, StoreError):
         return error
@@ -341,7 +355,7 @@ def _final(error: Exception, url: str) -> StoreError | None:
     return StoreError(why, path=url)
 
 
-def _response(error: BaseException | None) -> tuple[int | None, str, str]:
+def response(error: BaseException | None) -> tuple[int | None, str, str]:
     """Status, code and message of the store's answer that an error stands for."""
     while error is not None:
         response = getattr(error, "response", None)

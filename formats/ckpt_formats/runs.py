@@ -18,6 +18,7 @@ from ckpt_formats.describing import writers_text
 from ckpt_formats.errors import CheckpointNotFoundError, CorruptionError, FormatError, UnknownVersionError
 from ckpt_formats.manifest import RESERVED_PREFIX
 from ckpt_formats.native import names
+from ckpt_formats.native.node_folders import NODE, NodeFolders, folders_of, missing_text, root_folder
 from ckpt_formats.native.reader import read_root
 from ckpt_formats.native.root import Root
 from ckpt_formats.remote import Store, is_url, tidy
@@ -65,7 +66,7 @@ def find_checkpoints(path: str | os.PathLike[str]) -> list[Found]:
     """What lies in folder `path`: the checkpoint that it is itself, or those in its folders, sorted by step.
 
     Args:
-        path: a folder, or a URL of a store.
+        path: a folder, or a URL of a store. With `{node}` in it, the folders of all nodes that can be reached.
 
     Raises:
         CheckpointNotFoundError: there is no such folder.
@@ -74,6 +75,8 @@ def find_checkpoints(path: str | os.PathLike[str]) -> list[Found]:
     folder = tidy(path)
     if is_url(folder):
         return _in_store(folder)
+    if NODE in folder:
+        return _on_nodes(folder)
     if not os.path.isdir(folder):
         what = "is a file; name a run's folder" if os.path.exists(folder) else "no such folder; check the path"
         raise CheckpointNotFoundError(f"{folder}: {what}", path=folder)
@@ -82,6 +85,18 @@ def find_checkpoints(path: str | os.PathLike[str]) -> list[Found]:
         return [itself]
     below = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
     return _by_step(map(_inspect, below))
+
+
+def _on_nodes(folder: str) -> list[Found]:
+    """The same on node-local disks, where every node has a folder with its part of each checkpoint."""
+    folders = folders_of(folder)
+    if not folders:
+        raise CheckpointNotFoundError(f"{folder}: no node's folder can be reached from here; check the path")
+    if any(_inspect(each) is not None for each in folders):
+        itself = _inspect(folder)
+        return [] if itself is None else [itself]
+    below = sorted({entry.name for each in folders for entry in os.scandir(each) if entry.is_dir()})
+    return _by_step(_inspect(os.path.join(folder, name)) for name in below)
 
 
 def _by_step(found: Iterable[Found | None]) -> list[Found]:
@@ -128,40 +143,52 @@ def _parts(name: str) -> tuple[str, str, str]:
     return name.partition("/")
 
 
-def _inspect(folder: str) -> Found | None:
+def _inspect(path: str) -> Found | None:
     """What a folder is, None when it is nothing of this format."""
+    try:
+        folder = root_folder(path)
+    except CheckpointNotFoundError:
+        # no node has a root: what each has is alike
+        folder = next(iter(folders_of(path)), path)
     manifest = os.path.join(folder, names.MANIFEST)
-    step = names.step_of(os.path.basename(os.path.abspath(folder)))
+    step = names.step_of(os.path.basename(os.path.abspath(path)))
     if not os.path.lexists(manifest):
         # a save makes both folders before it writes anything
         if all(os.path.isdir(os.path.join(folder, name)) for name in (names.DATA, names.INDEX)):
             why = f"it has no {names.MANIFEST}: its save did not end, or has not ended yet"
-            return Found(path=folder, state=State.NOT_COMMITTED, problem=why, step=step, bytes=_size_below(folder))
+            return Found(path=path, state=State.NOT_COMMITTED, problem=why, step=step, bytes=_size_below(folder))
         return None
     try:
         if not os.path.isfile(manifest):
             raise FormatError(f"{manifest} is not a plain file")
         root = read_root(folder)
     except UnknownVersionError as error:
-        return Found(path=folder, state=State.UNKNOWN_VERSION, problem=str(error), step=step, bytes=_size_below(folder))
+        return Found(path=path, state=State.UNKNOWN_VERSION, problem=str(error), step=step, bytes=_size_below(folder))
     except (CorruptionError, FormatError) as error:
-        return Found(path=folder, state=State.DAMAGED, problem=str(error), step=step, bytes=_size_below(folder))
+        return Found(path=path, state=State.DAMAGED, problem=str(error), step=step, bytes=_size_below(folder))
     except OSError as error:
         why = f"{manifest}: can't be read ({error.strerror})"
-        return Found(path=folder, state=State.DAMAGED, problem=why, step=step, bytes=_size_below(folder))
+        return Found(path=path, state=State.DAMAGED, problem=why, step=step, bytes=_size_below(folder))
+
+    where = NodeFolders(path, folder, root.layout)
 
     def size(file: str) -> int | None:
         try:
-            return os.stat(os.path.join(folder, file)).st_size
+            return os.stat(where.find(file)).st_size
         except OSError:
             return None
 
-    return _committed(folder, root, os.path.getsize(manifest), size)
+    lost = missing_text(where.missing(file.path for file in root.files))
+    return _committed(path, root, os.path.getsize(manifest), size, lost)
 
 
-def _committed(folder: str, root: Root, manifest: int, size: Callable[[str], int | None]) -> Found:
-    """A checkpoint whose root could be read. `size` is that of a file, None when there is none."""
-    problem = _incomplete(root, size)
+def _committed(
+    folder: str, root: Root, manifest: int, size: Callable[[str], int | None], lost: str | None = None
+) -> Found:
+    """A checkpoint whose root could be read. `size` is that of a file, None when there is none; `lost` says which nodes
+    are gone.
+    """
+    problem = lost or _incomplete(root, size)
     listed = sum(file.size for file in root.files) + sum(page.size for page in root.pages)
     return Found(
         path=folder,

@@ -35,6 +35,7 @@ from ckpt_formats.geometry import Box, check_cover
 from ckpt_formats.manifest import RANK_PREFIX
 from ckpt_formats.native import names
 from ckpt_formats.native.index import IndexRows
+from ckpt_formats.native.node_folders import NodeFolders, root_folder
 from ckpt_formats.native.reader import load_page, read_root
 from ckpt_formats.native.regions import ChunkAt, ChunkTable, Segment, disagreements
 from ckpt_formats.native.root import DataFile, Root
@@ -137,7 +138,8 @@ class _Verification:
     """One call of `verify`."""
 
     def __init__(self, folder: str, progress: Progress | None, threads: int) -> None:
-        self._folder = folder
+        self._path = folder
+        self._folder = root_folder(folder)
         self._progress = progress
         self._threads = threads
         self._damage: list[Damage] = []
@@ -152,6 +154,7 @@ class _Verification:
         tensors = chunks = 0
         debris: list[Debris] = []
         if root is not None:
+            self._where = NodeFolders(self._path, self._folder, root.layout)
             self._block_size = root.block_size
             self._total += sum(page.size for page in root.pages) + sum(file.size for file in root.files)
             pages = [self._read_page(root, number) for number in range(len(root.pages))]
@@ -162,7 +165,7 @@ class _Verification:
             self._check_values(root)
             debris = list(self._find_debris(root))
         return VerifyReport(
-            path=self._folder,
+            path=self._path,
             step=root.step if root else None,
             files=1 + len(root.files) + len(root.pages) if root else 1,
             tensors=tensors,
@@ -201,9 +204,10 @@ class _Verification:
     def _size(self, path: str, expected: int) -> int | None:
         """The size of a listed file, None if it is none; reported unless it is as expected."""
         try:
-            info = os.stat(os.path.join(self._folder, path))
+            info = os.stat(self._where.find(path))
         except FileNotFoundError:
-            self._report(Damage(path, "the file is missing"))
+            node = self._where.node(path)
+            self._report(Damage(path, "the file is missing" + (f", which lies on node {node}" if node else "")))
             return None
         except OSError as error:
             self._report(Damage(path, f"the file can't be read ({error.strerror})"))
@@ -277,7 +281,7 @@ class _Verification:
 
     def _check_values(self, root: Root) -> None:
         """Decode every plain value, those kept in data files included."""
-        with open_checkpoint(self._folder) as checkpoint:
+        with open_checkpoint(self._path) as checkpoint:
             for path, encoded in root.values.items():
                 self._check_value(checkpoint, encoded, path, path)
             for name in root.tensors:
@@ -351,7 +355,7 @@ class _Verification:
             for chunk in chunks:
                 self._report(_damage(file.path, "is lost with its file", chunk.start, chunk.stop, chunk))
             return
-        source = LocalFile(os.path.join(self._folder, file.path))
+        source = LocalFile(self._where.find(file.path))
         entries = self._read_header(file, source, available)
         if entries is not None:
             for found in disagreements(entries, chunks, complete=table.complete):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import threading
 import time
@@ -227,6 +228,40 @@ def test_a_save_that_fails_is_told_and_the_training_goes_on(tmp_path: Path, capl
     assert "step 3 is not saved, and the training goes on" in caplog.text
     assert "step 4 is not saved, and the training goes on" in caplog.text
     assert "2 saves in a row have failed" in caplog.text
+
+
+def test_a_disk_that_is_full_for_a_while_costs_only_the_saves_of_that_while(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fill(loop: Any, step: int) -> None:
+        agent, lead = loop._saver.agent.pid, loop._lead
+        if step == 2:
+            until(lambda: lead.committed == 1, "step 1 to be committed")
+            # the agent can't write a file of any size any more
+            resource.prlimit(agent, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        if step == 4:
+            until(lambda: lead.failed is not None and "step 3" in caplog.text, "the failures to be known")
+            resource.prlimit(agent, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    assert train(tmp_path, 6, fill, every=1) == [1, 2, 3, 4, 5, 6]
+    assert saved(tmp_path) == [1, 4, 5, 6]
+    assert "step 2 is not saved, and the training goes on" in caplog.text
+    assert "File too large" in caplog.text
+    assert "the newest checkpoint is of step 1; 2 saves in a row have failed" in caplog.text
+
+
+def test_an_agent_that_is_killed_is_replaced_and_the_loop_goes_on(tmp_path: Path) -> None:
+    agents = []
+
+    def kill(loop: Any, step: int) -> None:
+        agents.append(loop._saver.agent.pid)
+        if step == 3:
+            until(lambda: loop._lead.committed == 2, "step 2 to be committed")
+            os.kill(agents[-1], signal.SIGKILL)
+
+    assert train(tmp_path, 8, kill, every=1, keep=4) == list(range(1, 9))
+    assert len(set(agents)) == 2
+    assert saved(tmp_path) == [5, 6, 7, 8]
 
 
 def test_the_end_of_a_training_that_can_not_be_saved_is_an_error(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import ChunkRows, Manifest
 from ckpt_formats.native import index, names
 from ckpt_formats.native.index import IndexRows
+from ckpt_formats.native.node_folders import NodeFolders, missing_text, root_folder
 from ckpt_formats.native.root import MAX_SIZE, Root, decode
 from ckpt_formats.remote import Store, is_url
 from ckpt_formats.sources import ByteSource, open_source, read_small
@@ -100,15 +101,17 @@ def open_native(
 ) -> tuple[Manifest, LocationMap, Root]:
     """Open the native checkpoint in folder `path`, reading only its root.
 
-    Sizes of the files that the root lists are checked when they are first read.
+    Sizes of the files that the root lists are checked when they are first read. With `{node}` in the path, the folders
+    of all nodes that can be reached are one checkpoint.
     """
-    root = read_root(path)
+    folder = root_folder(path)
+    root = read_root(folder)
     pages: dict[int, IndexRows] = {}
 
     def load(number: int) -> IndexRows:
         # called under the manifest's lock or for a page that is loaded already
         if number not in pages:
-            pages[number] = load_page(path, root, number, open_source)
+            pages[number] = load_page(folder, root, number, open_source)
         return pages[number]
 
     def chunk_rows(number: int) -> ChunkRows:
@@ -133,16 +136,22 @@ def open_native(
         page_count=len(root.pages),
         load_page=chunk_rows,
     )
-    sources = [_SizedSource(open_source(os.path.join(path, file.path)), file.size) for file in root.files]
+    where = NodeFolders(path, folder, root.layout)
+
+    def lost() -> str:
+        return missing_text(where.missing(file.path for file in root.files))
+
+    sources = [_SizedSource(open_source(where.find(file.path)), file.size, lost) for file in root.files]
     return manifest, LocationMap(sources, root.codecs, places), root
 
 
 class _SizedSource:
     """A source that is opened at the first read and must then have the size that the root states."""
 
-    def __init__(self, source: ByteSource, size: int) -> None:
+    def __init__(self, source: ByteSource, size: int, lost: Callable[[], str]) -> None:
         self._source = source
         self._size = size
+        self._lost = lost
         self._checked = False
 
     @property
@@ -151,7 +160,17 @@ class _SizedSource:
 
     def size(self) -> int:
         if not self._checked:
-            require_size(self._source, self._size)
+            try:
+                require_size(self._source, self._size)
+            except CorruptionError as error:
+                lost = self._lost()
+                if lost:
+                    raise CorruptionError(
+                        f"{self.name}: {lost}. Load where the folders of all nodes can be reached, bring back the "
+                        "disk, or use another checkpoint",
+                        path=self.name,
+                    ) from error
+                raise
             self._checked = True
         return self._size
 

@@ -1,0 +1,38 @@
+"""Agents leave nothing in memory, however they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+
+from ckpt.agent import client
+from ckpt.agent.saver import AsyncSaver
+from tests.agent.test_async_save import until
+
+
+def test_what_a_killed_agent_left_in_memory_is_removed_when_the_next_one_starts(tmp_path: Path) -> None:
+    homes = []
+
+    def launcher() -> str:
+        homes.append(os.path.dirname(client.launch()))
+        return os.path.join(homes[-1], "socket")
+
+    living, killed = AsyncSaver(launcher=launcher), AsyncSaver(launcher=launcher)
+    living.save({"w": torch.zeros(3)}, tmp_path / "a").wait()
+    killed.save({"w": torch.zeros(3)}, tmp_path / "b").wait()
+    assert killed._client is not None
+    os.kill(killed._client.pid, signal.SIGKILL)
+    until(lambda: not killed._client.alive(), "the agent to be gone")
+    assert os.path.exists(homes[1])
+    # the same saver goes on with another agent
+    killed.save({"w": torch.zeros(3)}, tmp_path / "c").wait()
+    assert not os.path.exists(homes[1])
+    # and whoever lives is left alone
+    living.save({"w": torch.zeros(3)}, tmp_path / "d").wait()
+    assert len(homes) == 3
+    living.close()
+    killed.close()
+    until(lambda: not any(map(os.path.exists, homes)), "the agents to end")

@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from ckpt.saving.values import merge_values
 from ckpt.state import LocalState, Piece, flatten
 from ckpt.state.references import encode_leaf
 from ckpt.state.torch_dtypes import dtype_of
-from ckpt.storage.data_file import Chunk, Staging, write_data_file
+from ckpt.storage.data_file import Chunk, Staging, layout_of, write_data_file
 from ckpt.storage.files import Files
 from ckpt.storage.publish import Folder, discard, prepare_folder, require_free
 from ckpt_formats.digest import hexdigest
@@ -39,13 +39,12 @@ from ckpt_formats.errors import CheckpointError, SaveFailedError, StateError
 from ckpt_formats.geometry import Box
 from ckpt_formats.manifest import BLOB_PREFIX, rank_blob
 from ckpt_formats.native import names
+from ckpt_formats.native.node_folders import NODE
+from ckpt_formats.safetensors_file import FileLayout
 from ckpt_formats.values import encode
 
 PLANS = 4
 """Plans that are kept for the next save: more than one, for states that are saved in turns."""
-
-NODE = "{node}"
-"""Stands in a path for the name of a node, on disks that each node has for itself."""
 
 _UINT8 = dtype_named("uint8")
 _ROUND = 256
@@ -68,12 +67,23 @@ class SaveResult:
     """Seconds of this rank in each phase, waiting for other ranks included."""
 
 
-class _Known(NamedTuple):
+@dataclass(slots=True)
+class _Known:
     """A plan that this process took part in before."""
 
     assignment: Sequence[Assigned]
     plan: Plan | None
     """On rank 0 only."""
+    blobs: Sequence[tuple[str, int]] = ()
+    """Names and sizes of the payloads beside its tensors when it was last laid out."""
+    layouts: Sequence[FileLayout] = ()
+
+    def lay_out(self, chunks: Sequence[Chunk], blobs: Sequence[tuple[str, int]]) -> Sequence[FileLayout]:
+        """Where this rank's chunks go in its files; worked out only when something has changed."""
+        if not self.layouts or self.blobs != blobs:
+            self.layouts = [layout_of(some) for some in split_files(chunks)]
+            self.blobs = blobs
+        return self.layouts
 
 
 class Saver:
@@ -134,6 +144,8 @@ class Planned(NamedTuple):
     """Why this rank can't write it; to be told to the others at the end of the next phase."""
     answer: bool
     """Whether `question` was true on any rank."""
+    layouts: Callable[[], Sequence[FileLayout]]
+    """Where the chunks go in this rank's files."""
 
 
 class Attempt:
@@ -241,7 +253,10 @@ class Attempt:
         for name in blobs:
             data = taken.blobs[name]
             chunks.append(Chunk(name, _UINT8, (len(data),), Box((0,), (len(data),)), BytesSource(data)))
-        return Planned(opened["attempt"], chunks, known.assignment, blobs, known.plan, unreadable, opened["answer"])
+        layouts = partial(known.lay_out, chunks, [(name, len(taken.blobs[name])) for name in blobs])
+        return Planned(
+            opened["attempt"], chunks, known.assignment, blobs, known.plan, unreadable, opened["answer"], layouts
+        )
 
     def discard(self) -> None:
         """On rank 0, remove what the attempt has left behind."""
@@ -328,6 +343,7 @@ class Attempt:
                     some,
                     self._saver.staging,
                     compress=compress,
+                    layout=None if compress else planned.layouts()[number],
                 )
                 for number, some in enumerate(split_files(planned.chunks))
             ]

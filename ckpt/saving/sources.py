@@ -23,16 +23,15 @@ class TensorSource:
     def read(self, start: int, stop: int, into: memoryview) -> None:
         """Fill `into` with bytes start..stop; both are multiples of the element size."""
         tensor = self.tensor
+        if start == 0 and stop == tensor.nbytes < 1 << 16 and tensor.is_cpu and tensor.is_contiguous():
+            into[:] = bytes_view(tensor)
+            return
         if tensor.is_conj() or tensor.is_neg():
             # once, not for every range
             tensor = self.tensor = tensor.resolve_conj().resolve_neg()
         if tensor.is_cpu and tensor.is_contiguous():
-            data = bytes_view(tensor)
-            if stop - start < 1 << 16:
-                into[:] = data[start:stop]
-            else:
-                # numpy copies without the interpreter lock, so that the writing threads go on
-                np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(data[start:stop], np.uint8))
+            # numpy copies without the interpreter lock, so that the writing threads go on
+            np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(bytes_view(tensor)[start:stop], np.uint8))
             return
         itemsize = tensor.element_size()
         at = 0

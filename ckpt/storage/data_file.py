@@ -12,6 +12,7 @@ the CPU time (benchmarks/save_load.py prints both).
 
 from __future__ import annotations
 
+import math
 import mmap
 import queue
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class Chunk(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.box.numel * self.dtype.itemsize
+        return math.prod(self.box.sizes) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,19 +110,27 @@ def layout_of(chunks: Sequence[Chunk]) -> FileLayout:
 
 
 def write_data_file(
-    files: Files, folder: str, path: str, chunks: Sequence[Chunk], staging: Staging, *, compress: bool = False
+    files: Files,
+    folder: str,
+    path: str,
+    chunks: Sequence[Chunk],
+    staging: Staging,
+    *,
+    compress: bool = False,
+    layout: FileLayout | None = None,
 ) -> WrittenFile:
     """Write chunks as the file `path` in a checkpoint's `folder` and sync it; the folder is the caller's to sync.
 
     Args:
         compress: store chunks with the codec `exponent-zstd` where it can be used; `rows.codec` counts in codecs.KNOWN.
+        layout: what `layout_of` said of these chunks, if it was asked before; of no use to `compress`.
 
     Raises:
         OSError: writing failed; the file may be there in part, and nothing refers to it.
     """
     if compress:
         return _write_compressed(files, folder, path, chunks, staging)
-    layout = layout_of(chunks)
+    layout = layout or layout_of(chunks)
     with files.create(f"{folder}/{path}", direct=layout.size >= ALIGNMENT) as file:
         stream = _Stream(file, staging)
         try:
@@ -227,9 +236,10 @@ def _write_chunks(stream: _Stream, layout: FileLayout, chunks: Sequence[Chunk]) 
             stream.fill(bytes(start - at))
         nbytes = chunk.nbytes
         if nbytes <= BLOCK_SIZE and nbytes <= stream.room():
-            part = stream.window[stream.at : stream.at + nbytes]
+            filled = stream.at
+            stream.at = filled + nbytes
+            part = stream.window[filled : filled + nbytes]
             chunk.source.read(0, nbytes, part)
-            stream.at += nbytes
             digests.append(digest(part))
             block.append(-1)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,11 +108,15 @@ def build(
 ) -> IndexRows:
     """The rows of one data file (file 0), from what was noted while it was written; stored raw without `codec`."""
     ndim = max((len(box.sizes) for box in boxes), default=1) or 1
-    offsets = [(*box.offsets, *(0,) * (ndim - len(box.offsets))) for box in boxes]
-    sizes = [(*box.sizes, *(1,) * (ndim - len(box.sizes))) for box in boxes]
+    counts = np.fromiter((len(box.sizes) for box in boxes), np.int64, len(boxes))
+    there = np.arange(ndim) < counts[:, None]
+    offset = np.zeros(there.shape, np.int64)
+    offset[there] = np.fromiter(itertools.chain.from_iterable(box.offsets for box in boxes), np.int64)
+    size = np.ones(there.shape, np.int64)
+    size[there] = np.fromiter(itertools.chain.from_iterable(box.sizes for box in boxes), np.int64)
     return IndexRows(
-        offset=np.array(offsets, np.int64).reshape(-1, ndim),
-        size=np.array(sizes, np.int64).reshape(-1, ndim),
+        offset=offset,
+        size=size,
         file=np.zeros(len(boxes), np.int64),
         start=np.array(starts, np.int64),
         length=np.array(lengths, np.int64),

@@ -131,6 +131,8 @@ class AgentClient:
         if self._channel.fileno() < 0:
             return False  # it did not answer once
         poll = select.poll()
+        # an agent that dies hangs up on one connection after the other
+        poll.register(self._channel.fileno(), select.POLLHUP)
         poll.register(self._watch.fileno(), select.POLLIN)
         return not poll.poll(0)
 

@@ -1,7 +1,8 @@
 """Removing what a run need not keep: checkpoints by a policy, and what saves and copies that failed have left behind.
 
 A checkpoint goes manifest first, so that nothing half removed is ever taken for one; whoever dies on the way leaves
-debris, which the next prune removes. What is not recognised as this format's is never touched.
+debris, which the next prune removes. What is not recognised as this format's is never touched. A run lies in a folder
+or below a URL.
 """
 
 from __future__ import annotations
@@ -10,23 +11,29 @@ import os
 import stat
 import time
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ckpt.levels.policies import Policy, Saved, kept
 from ckpt.storage.files import Files
-from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError
+from ckpt.storage.objects import ObjectStore
+from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError, StoreError
 from ckpt_formats.facts import Facts, read_facts
+from ckpt_formats.leases import LEASE_S, is_lease
 from ckpt_formats.locks import alone
 from ckpt_formats.native import names
 from ckpt_formats.native.reader import read_root
 from ckpt_formats.native.root import Root
+from ckpt_formats.remote import Entry, is_url, normal
 from ckpt_formats.runs import Found, State, find_checkpoints
 
 __all__ = ["GRACE_S", "Kept", "PruneReport", "Removed", "prune"]
 
 GRACE_S = 3600.0
 """Seconds for which nothing must have changed in what is taken for debris: a save or copy may be under way."""
+DELETERS = 8
+"""Objects that are removed at once."""
 _FOLDERS = (names.INDEX, names.DATA)
 
 
@@ -86,39 +93,60 @@ def prune(
     can't be read, one that a link in the run's folder leads to, or one that somebody holds (ckpt_formats.locks).
 
     Args:
-        run: the folder that holds the checkpoints.
+        run: the folder that holds the checkpoints, or its URL in a store.
         keep: what to keep, such as LatestN(3) or 3; None removes debris only.
         dry_run: only tell.
         grace: seconds, see GRACE_S.
-        files: what removes.
+        files: what removes from folders.
 
     Raises:
         CheckpointNotFoundError: there is no such folder, or it is a checkpoint itself. What can't be removed does not
             raise; the report says so.
+        StoreError: the store can't be listed.
     """
-    folder = os.path.abspath(os.fspath(run))
+    folder = normal(run)
     found = find_checkpoints(folder)
     if any(item.path == folder for item in found):
         raise CheckpointNotFoundError(
             f"{folder} is a checkpoint itself; name the folder of the run that holds it", path=folder
         )
-    return _Prune(folder, found, dry_run, grace, files or Files()).run(keep)
+    if is_url(folder):
+        return _StorePrune(folder, found, dry_run, grace).run(keep)
+    return _FolderPrune(folder, found, dry_run, grace, files or Files()).run(keep)
 
 
 class _Prune:
-    """One call of `prune`."""
+    """One call of `prune`: what goes. How it goes, and what is debris, is for folders and stores to say."""
 
-    def __init__(self, folder: str, found: Sequence[Found], dry_run: bool, grace: float, files: Files) -> None:
+    def __init__(self, folder: str, found: Sequence[Found], dry_run: bool, grace: float) -> None:
         self._folder = folder
         self._found = [item for item in found if not os.path.islink(item.path)]
         self._dry_run = dry_run
         self._before = time.time() - grace
-        self._files = files
         self._kept: list[Kept] = []
         self._removed: list[Removed] = []
         self._debris: list[Removed] = []
         self._recent: list[str] = []
         self._failed: list[tuple[str, str]] = []
+
+    def _linked(self) -> dict[str, str]:
+        """Paths that links in the run's folder lead to, and the links' names."""
+        raise NotImplementedError
+
+    def _take(self, path: str, listed: Sequence[str]) -> None:
+        """Remove a checkpoint: its manifest, then the files that it lists, then what failed attempts left there."""
+        raise NotImplementedError
+
+    def _has_manifest(self, path: str) -> bool:
+        raise NotImplementedError
+
+    def _clear_committed(self, item: Found) -> None:
+        """Remove what attempts that failed left in the folder of a checkpoint."""
+        raise NotImplementedError
+
+    def _clear_uncommitted(self) -> None:
+        """Remove the folders of saves or copies that never ended, or of checkpoints that were being removed."""
+        raise NotImplementedError
 
     def run(self, keep: Policy | int | None) -> PruneReport:
         whole: list[tuple[Found, int]] = []
@@ -133,9 +161,7 @@ class _Prune:
         for item, _ in whole:
             if item.path in stays:
                 self._clear_committed(item)
-        for path in self._folders():
-            if not os.path.lexists(os.path.join(path, names.MANIFEST)):
-                self._clear_uncommitted(path)
+        self._clear_uncommitted()
         return PruneReport(
             path=self._folder,
             dry_run=self._dry_run,
@@ -171,11 +197,6 @@ class _Prune:
             else:
                 self._remove(item, step)
 
-    def _linked(self) -> dict[str, str]:
-        """What links in the run's folder lead to: a user's `best` or `latest`."""
-        with os.scandir(self._folder) as entries:
-            return {os.path.realpath(entry.path): entry.name for entry in entries if entry.is_symlink()}
-
     def _remove(self, item: Found, step: int) -> None:
         """Remove a checkpoint unless it is in use now, or was pinned meanwhile."""
         path = item.path
@@ -187,28 +208,52 @@ class _Prune:
                     return
                 root = read_root(path)
                 if not self._dry_run:
-                    self._files.remove(os.path.join(path, names.MANIFEST))
-                    # the files go only when the manifest is known to be gone, also after a power cut
-                    self._files.sync_folder(path)
-                    self._clear(path, _listed(root))
+                    self._take(path, _listed(root))
                 self._removed.append(Removed(path, step, item.bytes))
         except CheckpointNotFoundError:
             return  # somebody else removes it
         except OSError as error:
             self._fail(path, error)
-            if os.path.lexists(os.path.join(path, names.MANIFEST)):
+            if self._has_manifest(path):
                 self._kept.append(Kept(path, step, "could not be removed"))
         except CheckpointError as error:
             self._kept.append(Kept(path, step, str(error)))
 
-    # debris
+    def _fail(self, path: str, error: OSError) -> None:
+        self._failed.append((path, error.strerror or str(error)))
+
+
+class _FolderPrune(_Prune):
+    """Of a run on a mounted file system."""
+
+    def __init__(self, folder: str, found: Sequence[Found], dry_run: bool, grace: float, files: Files) -> None:
+        super().__init__(folder, found, dry_run, grace)
+        self._files = files
+
+    def _linked(self) -> dict[str, str]:
+        """What links in the run's folder lead to: a user's `best` or `latest`."""
+        with os.scandir(self._folder) as entries:
+            return {os.path.realpath(entry.path): entry.name for entry in entries if entry.is_symlink()}
+
+    def _take(self, path: str, listed: Sequence[str]) -> None:
+        self._files.remove(os.path.join(path, names.MANIFEST))
+        # the files go only when the manifest is known to be gone, also after a power cut
+        self._files.sync_folder(path)
+        self._clear(path, listed)
+
+    def _has_manifest(self, path: str) -> bool:
+        return os.path.lexists(os.path.join(path, names.MANIFEST))
+
+    def _clear_uncommitted(self) -> None:
+        for path in self._folders():
+            if not self._has_manifest(path):
+                self._clear_folder(path)
 
     def _folders(self) -> Iterator[str]:
         with os.scandir(self._folder) as entries:
             yield from sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
 
     def _clear_committed(self, item: Found) -> None:
-        """Remove what attempts that failed left in the folder of a checkpoint."""
         try:
             listed = {names.MANIFEST, names.FACTS, *_listed(read_root(item.path))}
         except (CheckpointError, OSError):
@@ -226,7 +271,7 @@ class _Prune:
             if self._dry_run or self._unlink(path):
                 self._debris.append(Removed(path, None, info.st_size))
 
-    def _clear_uncommitted(self, path: str) -> None:
+    def _clear_folder(self, path: str) -> None:
         """Remove the folder of a save or copy that never ended, or of a checkpoint that was being removed."""
         ours = list(_ours(path))
         if not (ours or _is_begun(path)):
@@ -235,7 +280,7 @@ class _Prune:
             self._recent.append(path)
             return
         sizes = [info.st_size for info in (_lstat(os.path.join(path, relative)) for relative in ours) if info]
-        if os.path.lexists(os.path.join(path, names.MANIFEST)):
+        if self._has_manifest(path):
             return  # committed this moment
         if not self._dry_run:
             failures = len(self._failed)
@@ -272,8 +317,100 @@ class _Prune:
             return False
         return True
 
-    def _fail(self, path: str, error: OSError) -> None:
-        self._failed.append((path, error.strerror or str(error)))
+
+class _StorePrune(_Prune):
+    """Of a run in a store. What was sent of an object that was never finished is debris too, though nobody sees it."""
+
+    def __init__(self, folder: str, found: Sequence[Found], dry_run: bool, grace: float) -> None:
+        super().__init__(folder, found, dry_run, grace)
+        self._store = ObjectStore(folder)
+
+    def _linked(self) -> dict[str, str]:
+        return {}
+
+    def _take(self, path: str, listed: Sequence[str]) -> None:
+        self._store.remove(os.path.join(path, names.MANIFEST))
+        there = self._store.walk(path)
+        self._delete(path, [entry.name for entry in there if entry.name in listed or self._is_old(entry)])
+
+    def _has_manifest(self, path: str) -> bool:
+        try:
+            self._store.size(os.path.join(path, names.MANIFEST))
+        except (FileNotFoundError, StoreError):
+            return False
+        return True
+
+    def _clear_committed(self, item: Found) -> None:
+        try:
+            listed = {names.MANIFEST, *_listed(read_root(item.path))}
+            debris = [entry for entry in self._store.walk(item.path) if _is_ours(entry) and entry.name not in listed]
+        except (CheckpointError, OSError):
+            return
+        old = [entry for entry in debris if self._is_old(entry)]
+        self._recent += [
+            os.path.join(item.path, entry.name)
+            for entry in debris
+            if not self._is_old(entry) and not is_lease(entry.name)
+        ]
+        if self._dry_run or self._delete(item.path, [entry.name for entry in old]):
+            self._debris += [Removed(os.path.join(item.path, entry.name), None, entry.size) for entry in old]
+
+    def _clear_uncommitted(self) -> None:
+        began = self._store.abandoned()
+        names_below = {entry.name for entry in self._store.ls(self._folder) if entry.folder}
+        names_below |= {url[len(self._folder) + 1 :].partition("/")[0] for url in began}
+        for name in sorted(names_below):
+            path = os.path.join(self._folder, name)
+            unfinished = {url: at for url, at in began.items() if url.startswith(path + "/") and _is_data(url, path)}
+            there = self._store.walk(path)
+            if any(is_lease(entry.name) and not self._is_old(entry, LEASE_S) for entry in there):
+                if not self._has_manifest(path):
+                    self._recent.append(path)
+                continue
+            for url, at in unfinished.items():
+                if at > self._before:
+                    self._recent.append(url)
+                elif self._dry_run or self._abandon(url):
+                    self._debris.append(Removed(url, None, 0))
+            if not self._has_manifest(path):
+                self._clear_objects(path, [entry for entry in there if _is_ours(entry)])
+
+    def _clear_objects(self, path: str, ours: Sequence[Entry]) -> None:
+        if not ours:
+            return  # nothing of this format
+        if not all(map(self._is_old, ours)):
+            self._recent.append(path)
+        elif self._dry_run or self._delete(path, [entry.name for entry in ours]):
+            size = sum(entry.size for entry in ours)
+            self._debris.append(Removed(path, names.step_of(os.path.basename(path)), size))
+
+    def _is_old(self, entry: Entry, grace: float | None = None) -> bool:
+        """Whether an object of this format has not changed for the grace time. What the store does not date is new."""
+        before = self._before if grace is None else time.time() - grace
+        return _is_ours(entry) and entry.modified is not None and entry.modified <= before
+
+    def _delete(self, path: str, relatives: Sequence[str]) -> bool:
+        """Remove objects; whether all are gone."""
+        failures = len(self._failed)
+
+        def delete(relative: str) -> None:
+            url = os.path.join(path, relative)
+            try:
+                self._store.remove(url)
+            except StoreError as error:
+                self._fail(url, error)
+
+        with ThreadPoolExecutor(DELETERS, thread_name_prefix="ckpt-prune") as pool:
+            list(pool.map(delete, relatives))
+        return len(self._failed) == failures
+
+    def _abandon(self, url: str) -> bool:
+        try:
+            self._store.abandon(url)
+        except (FileNotFoundError, StoreError) as error:
+            self._fail(url, error)
+            return False
+        return True
 
 
 def _facts(path: str) -> tuple[Facts, str | None]:
@@ -305,6 +442,18 @@ def _ours(path: str) -> Iterator[str]:
             info = _lstat(os.path.join(inside, name)) if mine else None
             if info is not None and not stat.S_ISDIR(info.st_mode):
                 yield f"{folder}/{name}" if folder else name
+
+
+def _is_ours(entry: Entry) -> bool:
+    """Whether an object in a checkpoint's folder has a name of this format; the manifest's is not told."""
+    folder, _, name = entry.name.rpartition("/")
+    if folder:
+        return folder in _FOLDERS and names.attempt_of(name) is not None
+    return name == names.FACTS or _is_temporary(name)
+
+
+def _is_data(url: str, path: str) -> bool:
+    return _is_ours(Entry(url[len(path) + 1 :], 0, False, None))
 
 
 def _is_temporary(name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +32,7 @@ from ckpt_formats.errors import (
 )
 from ckpt_formats.geometry import Box, flat_boxes
 from ckpt_formats.reading import ReadStats, Request
+from ckpt_formats.remote import is_url, tidy
 
 BOUNCE = 64 << 20
 """Bytes of host memory through which tensors pass that can't be read in place: on another device, or to be cast."""
@@ -72,18 +74,16 @@ def load(
     process_group: ProcessGroup | None = None,
 ) -> LoadResult:
     """See ckpt.load."""
-    folder, group = os.fspath(path), Collective(process_group)
+    folder, group = tidy(path), Collective(process_group)
     operation = Operation("load", folder, rank=group.rank, world_size=group.world_size)
     group.waiting = operation.waiting
-    with collector.paused(), operation:
-        return _run(state, folder, strict, cast, group, operation)
-
-
-def _run(
-    state: MutableMapping[str, object], folder: str, strict: bool, cast: bool, group: Collective, operation: Operation
-) -> LoadResult:
-    failure: BaseException | None = None
     load = _Load(state, folder, strict=strict, cast=cast, group=group)
+    with collector.paused(), operation, closing(load):
+        return _run(load, folder, group, operation)
+
+
+def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> LoadResult:
+    failure: BaseException | None = None
     try:
         with operation.phase("plan"):
             load.plan()
@@ -145,13 +145,16 @@ class _Load:
         self._cast = cast
         self._group = group
         self.checkpoint: Checkpoint
+        self._stack = ExitStack()
         self.target: Target
         self.stats = ReadStats()
         self.unexpected: list[str] = []
 
     def plan(self) -> None:
         """Open the checkpoint and match it with the state. Touches nothing."""
-        self.checkpoint = open_checkpoint(self._path)
+        # in a store, one rank holds it for all, until the last has read
+        held = self._group.rank == 0 or not is_url(self._path)
+        self.checkpoint = self._stack.enter_context(open_checkpoint(self._path, held=held))
         manifest = self.checkpoint.manifest
         self._values = {
             path: self.checkpoint.decode(value, path, leaf=LEAVES)
@@ -159,8 +162,9 @@ class _Load:
             if any(prefix in self._state for prefix in _prefixes(path))
         }
         metas = manifest.model_tensors
+        dtypes = {name: torch_dtype(name) for name in {meta.dtype.name for meta in metas.values()}}
         saved = SavedState(
-            tensors={name: SavedTensor(torch_dtype(meta.dtype.name), meta.shape) for name, meta in metas.items()},
+            tensors={name: SavedTensor(dtypes[meta.dtype.name], meta.shape) for name, meta in metas.items()},
             aliases=manifest.aliases,
             values=self._values,
             entries=manifest.entries,
@@ -267,7 +271,10 @@ class _Load:
     def apply(self) -> None:
         """Attach what was made and restore the values."""
         self.target.apply(self._values, self._per_rank)
-        self.checkpoint.close()
+
+    def close(self) -> None:
+        """Let the checkpoint go."""
+        self._stack.close()
 
 
 def _threads() -> int:

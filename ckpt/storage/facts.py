@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 
 from ckpt.storage.files import Files
-from ckpt_formats.errors import CheckpointError, SaveFailedError
+from ckpt.storage.objects import ObjectStore
+from ckpt_formats.errors import CheckpointError, SaveFailedError, StoreError
 from ckpt_formats.facts import Facts, encode, read_facts
 from ckpt_formats.locks import held
 from ckpt_formats.native import names
+from ckpt_formats.remote import is_url, normal
 
 PATIENCE_S = 10.0
 """Seconds to wait for somebody else who records facts of the same checkpoint."""
@@ -28,15 +30,24 @@ def update_facts(
 ) -> Facts:
     """Record what `change` makes of the facts of the committed checkpoint in folder `path`; returns it.
 
-    Others who do so at the same time come before or after, and none's change is lost, where the file system has locks.
+    Others who do so at the same time come before or after, and none's change is lost, where the file system has locks,
+    or the store conditional puts.
+
+    Args:
+        path: a checkpoint's folder, or its URL in a store.
+        change: makes the new facts of the old ones.
+        files: what writes to folders.
 
     Raises:
         CheckpointNotFoundError: no committed checkpoint is there.
         CorruptionError, FormatError: the facts that are there can't be read; they stay as they are.
         FactsError: a tag or metric can't be recorded.
         SaveFailedError: writing failed; the facts of before are still there.
+        StoreError: so did a store.
     """
-    folder = os.path.abspath(os.fspath(path))
+    folder = normal(path)
+    if is_url(folder):
+        return _update_in_store(folder, change)
     files = files or Files()
     try:
         # held: who prunes looks at the facts when nobody holds it, so a pin that was set is never overlooked
@@ -54,6 +65,42 @@ def update_facts(
             "what was recorded of it before are untouched. Free space or make the folder writable, then try again",
             path=folder,
         ) from error
+
+
+def _update_in_store(url: str, change: Callable[[Facts], Facts]) -> Facts:
+    store = ObjectStore(url)
+    with held(url), _turn_in_store(store):
+        before = read_facts(url)
+        after = change(before)
+        if after != before:
+            store.put(os.path.join(url, names.FACTS), encode(after))
+        return after
+
+
+@contextlib.contextmanager
+def _turn_in_store(store: ObjectStore) -> Iterator[None]:
+    """Nobody else records facts of a checkpoint in a store within the block: an object that is made exclusively."""
+    turn = os.path.join(store.url, names.temporary("turn", "0" * 16))
+    mine = secrets.token_hex(8).encode("ascii")
+    deadline = time.monotonic() + 2 * PATIENCE_S
+    first: bytes | None = None
+    seen = time.monotonic()
+    while not store.create(turn, mine):
+        with contextlib.suppress(FileNotFoundError):
+            other = store.read(turn)
+            if other != first:
+                first, seen = other, time.monotonic()
+            elif time.monotonic() - seen > PATIENCE_S:
+                store.remove(turn)  # whoever made it takes no longer than that, or died
+        if time.monotonic() > deadline:
+            why = f"another process has been recording facts of it for {2 * PATIENCE_S:.0f} s; try again"
+            raise StoreError(f"{store.url}: {why}", path=store.url)
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(StoreError):
+            store.remove(turn)
 
 
 def write_facts(files: Files, folder: str, facts: Facts) -> None:

@@ -31,6 +31,7 @@ from ckpt_formats.layout import Cuts, Layout, Mesh, boxes, cut_words
 from ckpt_formats.manifest import RESERVED_PREFIX, Manifest, TensorMeta
 from ckpt_formats.native import names
 from ckpt_formats.reading import Request
+from ckpt_formats.remote import folder_of
 
 WINDOW = 16 << 20
 """Bytes that are read from the source at once."""
@@ -68,8 +69,8 @@ def reshard(
     """Write the checkpoint `source` as a new one, `target`, in which each rank's bytes on `mesh` lie together.
 
     Args:
-        source: a checkpoint's folder.
-        target: the new one's, which must not hold a checkpoint.
+        source: a checkpoint's folder, or its URL in a store.
+        target: the new one's folder, which must not hold a checkpoint.
         mesh: axes and sizes, such as Mesh.parse("dp=2,tp=4").
         layout: which dimension an axis cuts; see ckpt_formats.layout for what goes without saying.
         progress: called after each chunk.
@@ -79,9 +80,10 @@ def reshard(
         LayoutError: nothing says how an axis cuts, or rules are wrong, unused or at odds.
         CheckpointExistsError: of the target.
         SaveFailedError: writing failed; nothing was committed.
+        StoreError: the store of the source can't be read, or the target is a URL.
     """
     files = files or Files()
-    path = os.path.abspath(os.fspath(target))
+    path = folder_of(target)
     with collector.paused(), Operation("reshard", path) as operation, open_checkpoint(source) as checkpoint:
         manifest = checkpoint.manifest
         operation.step = manifest.step

@@ -43,7 +43,7 @@ def show(checkpoint: str, pattern: str | None, values: bool, as_json: bool) -> N
       1  nothing matches PATTERN, or the checkpoint is damaged
       2  there is no checkpoint
     """
-    with open_checkpoint(checkpoint) as opened:
+    with open_checkpoint(checkpoint, held=False) as opened:
         chosen = _Chosen(opened, pattern)
         if not chosen:
             near = get_close_matches(pattern or "", [*list(opened.tensors)[:5000], *opened.manifest.values], n=3)

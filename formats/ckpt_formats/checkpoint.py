@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import EllipsisType, TracebackType
@@ -16,11 +17,13 @@ import numpy as np
 from ckpt_formats import values
 from ckpt_formats.arrays import AnyArray
 from ckpt_formats.dtypes import DType
-from ckpt_formats.errors import FormatError, MissingTensorError
+from ckpt_formats.errors import FormatError, MissingTensorError, StoreError
 from ckpt_formats.geometry import Box
 from ckpt_formats.json_text import parse_json
 from ckpt_formats.locations import LocationMap
+from ckpt_formats.locks import Hold, hold
 from ckpt_formats.manifest import BLOB_PREFIX, Manifest, TensorMeta, rank_blob
+from ckpt_formats.native.node_folders import root_folder
 from ckpt_formats.native.reader import open_native
 from ckpt_formats.reading import Reader, ReadStats, Request
 from ckpt_formats.remote import tidy
@@ -98,7 +101,7 @@ class _Tensors(Mapping[str, LazyTensor]):
 
 
 class Checkpoint:
-    """A committed checkpoint, open for reading. Use it in a `with` block, or close it.
+    """A committed checkpoint, open for reading. Use it in a `with` block, or close it; it is not pruned before.
 
     Attributes:
         path: its folder.
@@ -107,7 +110,18 @@ class Checkpoint:
         reader: reads boxes of it in bulk.
     """
 
-    def __init__(self, path: str, manifest: Manifest, locations: LocationMap, wrap: Wrap = as_numpy) -> None:
+    def __init__(
+        self,
+        path: str,
+        manifest: Manifest,
+        locations: LocationMap,
+        wrap: Wrap = as_numpy,
+        held: Hold | None = None,
+    ) -> None:
+        # whoever forgets to close it: without waiting, since nobody knows which thread collects it
+        if held is not None:
+            weakref.finalize(self, held.release, wait=False)
+        self._held = held
         self.path = path
         self.manifest = manifest
         self.locations = locations
@@ -191,8 +205,10 @@ class Checkpoint:
         return self.reader.read(requests, threads=threads)
 
     def close(self) -> None:
-        """Close the files that are open. Reading after that opens them again."""
+        """Close the files that are open, and let it be pruned. Reading after that opens them again."""
         self.locations.close()
+        if self._held is not None:
+            self._held.release()
 
     def __enter__(self) -> Self:
         return self
@@ -206,12 +222,13 @@ class Checkpoint:
         return f"Checkpoint({self.path!r}, step={self.step}, {len(self.tensors)} tensors)"
 
 
-def open_checkpoint(path: str | os.PathLike[str], wrap: Wrap = as_numpy) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], wrap: Wrap = as_numpy, *, held: bool = True) -> Checkpoint:
     """Open the checkpoint in folder `path`, reading only its root.
 
     Args:
         path: a checkpoint's folder, or its URL in a store.
         wrap: makes what indexing returns out of raw elements; numpy arrays by default.
+        held: keep it from being pruned until it is closed.
 
     Raises:
         CheckpointNotFoundError: none was committed there.
@@ -219,8 +236,23 @@ def open_checkpoint(path: str | os.PathLike[str], wrap: Wrap = as_numpy) -> Chec
         StoreError: its store can't be read.
     """
     folder = tidy(path)
-    manifest, locations, _ = open_native(folder)
-    return Checkpoint(folder, manifest, locations, wrap)
+    using = _hold(folder) if held else None
+    try:
+        manifest, locations, _ = open_native(folder)
+    except BaseException:
+        if using is not None:
+            using.release()
+        raise
+    return Checkpoint(folder, manifest, locations, wrap, using)
+
+
+def _hold(folder: str) -> Hold | None:
+    try:
+        return hold(root_folder(folder))
+    except StoreError:
+        raise
+    except OSError:
+        return None  # that it is not there, or can't be read, is better said by who reads it
 
 
 def _bounding_box(shape: tuple[int, ...], index: tuple[Index, ...]) -> tuple[Box, tuple[int | slice, ...]]:

@@ -18,7 +18,7 @@ from ckpt_formats.errors import CheckpointNotFoundError, StoreError
 from ckpt_formats.native import names
 from ckpt_formats.remote import Entry, Store
 
-__all__ = ["LEASE_S", "alone", "busy", "held", "is_lease"]
+__all__ = ["LEASE_S", "Lease", "alone", "busy", "hold", "is_lease"]
 
 LEASE_S = 300.0
 """Seconds for which a lease counts after it was last renewed."""
@@ -33,57 +33,75 @@ def is_lease(name: str) -> bool:
     return names.attempt_of(name) is not None and name.startswith((f".{_HELD}-", f".{_GOING}-"))
 
 
-@contextmanager
-def held(url: str) -> Iterator[None]:
-    """Use the checkpoint below a URL within the block: nobody prunes it meanwhile.
+class Lease:
+    """A lease on the checkpoint below a URL, renewed by a thread of its own until it is released.
 
-    Whoever may not write there is not protected, and reads all the same.
+    Whoever may not write there gets none, and is not protected.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._store = Store(url)
+        self._url = url
+        self._lease = os.path.join(url, names.temporary(_HELD, secrets.token_hex(8)))
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        try:
+            self._store.put(self._lease, b"")
+        except StoreError:
+            return
+        arguments = (self._store, self._lease, self._stop)
+        self._thread = threading.Thread(target=_renew, args=arguments, name="ckpt-lease", daemon=True)
+        self._thread.start()
+
+    def release(self, *, wait: bool = True) -> None:
+        """Give it back; with `wait`, return when that is known in the store."""
+        self._stop.set()
+        if wait and self._thread is not None:
+            self._thread.join()
+
+    def require_checkpoint(self) -> None:
+        """Return when nobody is about to remove the checkpoint, and it is there.
+
+        Raises:
+            CheckpointNotFoundError: it is not there, or is being removed.
+            StoreError: the store can't be read.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            beside = _beside(self._store, self._url)
+            if not any(entry.name == names.MANIFEST for entry in beside):
+                raise _gone(self._url)
+            if self._thread is None or not _live(beside, _GOING, self._lease):
+                return
+            if time.monotonic() > deadline:
+                raise _gone(self._url)
+            time.sleep(0.1)
+
+
+def hold(url: str) -> Lease:
+    """Use the checkpoint below a URL until the lease is released: nobody prunes it meanwhile.
 
     Raises:
         CheckpointNotFoundError: it is not there, or it is being removed now.
         StoreError: the store can't be read.
     """
-    store = Store(url)
-    with _lease(store, url) as lease:
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            beside = _beside(store, url)
-            if not any(entry.name == names.MANIFEST for entry in beside):
-                raise _gone(url)
-            if lease is None or not _live(beside, _GOING, lease):
-                break
-            if time.monotonic() > deadline:
-                raise _gone(url)
-            time.sleep(0.1)
-        yield
+    lease = Lease(url)
+    try:
+        lease.require_checkpoint()
+    except BaseException:
+        lease.release()
+        raise
+    return lease
 
 
 @contextmanager
 def busy(url: str) -> Iterator[None]:
     """Write a checkpoint below a URL within the block: what is there already is nobody's debris meanwhile."""
-    with _lease(Store(url), url):
+    lease = Lease(url)
+    try:
         yield
-
-
-@contextmanager
-def _lease(store: Store, url: str) -> Iterator[str | None]:
-    """A lease that is renewed within the block; None where none may be put."""
-    lease = os.path.join(url, names.temporary(_HELD, secrets.token_hex(8)))
-    try:
-        store.put(lease, b"")
-    except StoreError:
-        yield None
-        return
-    stop = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(store, lease, stop), name="ckpt-lease", daemon=True)
-    renewing.start()
-    try:
-        yield lease
     finally:
-        stop.set()
-        renewing.join()
-        with suppress(StoreError):
-            store.remove(lease)
+        lease.release()
 
 
 @contextmanager
@@ -111,6 +129,8 @@ def _renew(store: Store, lease: str, stop: threading.Event) -> None:
     while not stop.wait(LEASE_S / 5):
         with suppress(StoreError):
             store.put(lease, b"")
+    with suppress(StoreError):
+        store.remove(lease)
 
 
 def _beside(store: Store, url: str) -> list[Entry]:

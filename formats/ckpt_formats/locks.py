@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from ckpt_formats import leases
 from ckpt_formats.errors import CheckpointNotFoundError
@@ -20,39 +21,68 @@ from ckpt_formats.native import names
 from ckpt_formats.remote import is_url
 from ckpt_formats.sources import open_plain
 
-__all__ = ["alone", "held"]
+__all__ = ["Hold", "alone", "held", "hold"]
 
 PATIENCE_S = 5.0
 """Seconds to wait while somebody has a checkpoint alone: who removes it takes its name away at once, else lets go."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-@contextmanager
-def held(path: str) -> Iterator[None]:
-    """Use the checkpoint in folder `path` within the block: nobody prunes it meanwhile.
+class Hold(Protocol):
+    """That somebody uses a checkpoint; ends with `release`, or with the process."""
+
+    def release(self, *, wait: bool = True) -> None:
+        """Use it no more; with `wait`, return when others know."""
+        ...
+
+
+class _Lock:
+    """A shared lock on a manifest."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def release(self, *, wait: bool = True) -> None:  # noqa: ARG002 - known at once
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def hold(path: str) -> Hold:
+    """Use the checkpoint in folder `path`, or below that URL, until it is released: nobody prunes it meanwhile.
 
     Raises:
         CheckpointNotFoundError: it is not there, or it is being removed now.
         OSError: its manifest can't be opened.
     """
     if is_url(path):
-        with leases.held(path):
-            yield
-        return
+        return leases.hold(path)
     manifest = os.path.join(path, names.MANIFEST)
     try:
         fd = open_plain(manifest)
     except (FileNotFoundError, NotADirectoryError):
         raise _gone(path) from None
+    lock = _Lock(fd)
     try:
         deadline = time.monotonic() + PATIENCE_S
         while not (locked := _lock(fd, fcntl.LOCK_SH)) and _is_there(fd, manifest) and time.monotonic() < deadline:
             time.sleep(0.01)
         if not locked or not _is_there(fd, manifest):
             raise _gone(path)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+@contextmanager
+def held(path: str) -> Iterator[None]:
+    """Use a checkpoint within the block; see `hold`."""
+    using = hold(path)
+    try:
         yield
     finally:
-        os.close(fd)
+        using.release()
 
 
 @contextmanager

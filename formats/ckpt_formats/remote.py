@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from ckpt_formats.errors import CorruptionError, StoreError
 
-__all__ = ["PAUSES_S", "Entry", "RemoteFile", "Store", "configure", "is_url", "normal", "response", "tidy"]
+__all__ = ["PAUSES_S", "Entry", "RemoteFile", "Store", "configure", "folder_of", "is_url", "normal", "response", "tidy"]
 
 T = TypeVar("T")
 
@@ -71,6 +71,18 @@ def normal(path: str | os.PathLike[str]) -> str:
     """The same, with paths made absolute."""
     text = tidy(path)
     return text if is_url(text) else os.path.abspath(text)
+
+
+def folder_of(path: str | os.PathLike[str]) -> str:
+    """The same of what has to be a folder. Raises StoreError for a URL."""
+    text = normal(path)
+    if is_url(text):
+        raise StoreError(
+            f"{text}: a checkpoint is written to a folder first, and goes to a store from there; write it to a folder, "
+            "then use `ckpt copy`, or tiers=[ckpt.Remote(URL)] of a Checkpointer",
+            path=text,
+        )
+    return text
 
 
 class Entry(NamedTuple):

@@ -28,10 +28,13 @@ from ckpt_formats.errors import (
     CorruptionError,
     CoverageError,
     FormatError,
+    StoreError,
     UnknownDtypeError,
     UnknownVersionError,
 )
 from ckpt_formats.geometry import Box, check_cover
+from ckpt_formats.leases import is_lease
+from ckpt_formats.locks import hold
 from ckpt_formats.manifest import RANK_PREFIX
 from ckpt_formats.native import names
 from ckpt_formats.native.index import IndexRows
@@ -39,13 +42,16 @@ from ckpt_formats.native.node_folders import NodeFolders, root_folder
 from ckpt_formats.native.reader import load_page, read_root
 from ckpt_formats.native.regions import ChunkAt, ChunkTable, Segment, disagreements
 from ckpt_formats.native.root import DataFile, Root
+from ckpt_formats.remote import Store, is_url, tidy
 from ckpt_formats.safetensors_file import MAX_HEADER, Entry, parse_header
-from ckpt_formats.sources import LocalFile
+from ckpt_formats.sources import ByteSource, open_source
 
 __all__ = ["Damage", "Debris", "VerifyReport", "verify"]
 
 SPAN = 8 << 20
 """Bytes that a thread reads at once, and the size of its buffer."""
+STORE_THREADS = 8
+"""How many read from a store, where each waits for answers."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes checked so far and bytes in all."""
@@ -112,23 +118,29 @@ def verify(
     each chunk, and that paddings are zero; that the chunks of each tensor cover it exactly; that plain values decode.
 
     Args:
-        path: a checkpoint's folder.
+        path: a checkpoint's folder, or its URL in a store.
         progress: called as work proceeds, from the calling thread.
-        threads: how many to read and hash with; default one per CPU, at most 4.
+        threads: how many to read and hash with; default one per CPU, at most 4, and in a store STORE_THREADS.
 
     Raises:
         CheckpointNotFoundError: no checkpoint was committed there.
         UnknownVersionError, UnknownDtypeError, UnknownCodecError: it can't be checked by this release. Damage is never
             raised, only reported.
+        StoreError: its store can't be read, which says nothing of it.
     """
-    return _Verification(os.fspath(path), progress, threads or min(4, os.cpu_count() or 1)).run()
+    folder = tidy(path)
+    return _Verification(folder, progress, threads or (STORE_THREADS if is_url(folder) else _threads())).run()
+
+
+def _threads() -> int:
+    return min(4, os.cpu_count() or 1)
 
 
 class _Task(NamedTuple):
     """Segments of one file without gaps between them, together no longer than SPAN unless it is a single one."""
 
     file: DataFile
-    source: LocalFile
+    source: ByteSource
     available: int
     """Bytes that the file really has."""
     segments: list[Segment]
@@ -149,6 +161,18 @@ class _Verification:
         self._total = 0
 
     def run(self) -> VerifyReport:
+        try:
+            using = hold(self._folder)
+        except StoreError:
+            raise
+        except OSError:
+            return self._run()  # why it can't be read is found out anew
+        try:
+            return self._run()
+        finally:
+            using.release()
+
+    def _run(self) -> VerifyReport:
         begin = time.perf_counter()
         root = self._read_root()
         tensors = chunks = 0
@@ -190,7 +214,7 @@ class _Verification:
         file = os.path.join(self._folder, names.MANIFEST)
         try:
             root = read_root(self._folder)
-            size = os.path.getsize(file)
+            size = Store(file).size(file) if is_url(file) else os.path.getsize(file)
         except (CheckpointNotFoundError, UnknownVersionError, UnknownDtypeError):
             raise
         except (CorruptionError, FormatError) as error:
@@ -204,7 +228,13 @@ class _Verification:
     def _size(self, path: str, expected: int) -> int | None:
         """The size of a listed file, None if it is none; reported unless it is as expected."""
         try:
-            info = os.stat(self._where.find(path))
+            if is_url(self._folder):
+                size, plain = Store(self._folder).size(os.path.join(self._folder, path)), True
+            else:
+                info = os.stat(self._where.find(path))
+                size, plain = info.st_size, stat.S_ISREG(info.st_mode)
+        except StoreError:
+            raise
         except FileNotFoundError:
             node = self._where.node(path)
             self._report(Damage(path, "the file is missing" + (f", which lies on node {node}" if node else "")))
@@ -212,15 +242,15 @@ class _Verification:
         except OSError as error:
             self._report(Damage(path, f"the file can't be read ({error.strerror})"))
             return None
-        if not stat.S_ISREG(info.st_mode):
+        if not plain:
             # opening a pipe would wait for whoever writes into it
             self._report(Damage(path, "is not a plain file"))
             return None
-        if info.st_size < expected:
-            self._report(Damage(path, f"the file is truncated: it has {info.st_size} of {expected} bytes"))
-        elif info.st_size > expected:
-            self._report(Damage(path, f"the file is too long: it has {info.st_size} bytes instead of {expected}"))
-        return info.st_size
+        if size < expected:
+            self._report(Damage(path, f"the file is truncated: it has {size} of {expected} bytes"))
+        elif size > expected:
+            self._report(Damage(path, f"the file is too long: it has {size} bytes instead of {expected}"))
+        return size
 
     def _read_page(self, root: Root, number: int) -> IndexRows | None:
         """The rows of a page, None if not all of it can be trusted."""
@@ -230,7 +260,7 @@ class _Verification:
         rows: IndexRows | None = None
         if size is not None:
             data = memoryview(bytearray(min(size, page.size)))
-            source = LocalFile(os.path.join(self._folder, page.path))
+            source = open_source(os.path.join(self._folder, page.path))
             try:
                 source.read(0, len(data), data)
                 for block, expected in enumerate(page.digests):
@@ -281,7 +311,7 @@ class _Verification:
 
     def _check_values(self, root: Root) -> None:
         """Decode every plain value, those kept in data files included."""
-        with open_checkpoint(self._path) as checkpoint:
+        with open_checkpoint(self._path, held=False) as checkpoint:
             for path, encoded in root.values.items():
                 self._check_value(checkpoint, encoded, path, path)
             for name in root.tensors:
@@ -312,6 +342,11 @@ class _Verification:
 
     def _find_debris(self, root: Root) -> Iterator[Debris]:
         listed = {names.MANIFEST, names.FACTS, *(file.path for file in root.files), *(page.path for page in root.pages)}
+        if is_url(self._folder):
+            for entry in Store(self._folder).walk(self._folder):
+                if entry.name not in listed and not is_lease(entry.name):
+                    yield Debris(entry.name, entry.size)
+            return
         for folder, _, files in os.walk(self._folder):
             for file in sorted(files):
                 path = os.path.join(folder, file)
@@ -355,7 +390,7 @@ class _Verification:
             for chunk in chunks:
                 self._report(_damage(file.path, "is lost with its file", chunk.start, chunk.stop, chunk))
             return
-        source = LocalFile(self._where.find(file.path))
+        source = open_source(self._where.find(file.path))
         entries = self._read_header(file, source, available)
         if entries is not None:
             for found in disagreements(entries, chunks, complete=table.complete):
@@ -369,7 +404,7 @@ class _Verification:
         if run:
             yield _Task(file, source, available, run)
 
-    def _read_header(self, file: DataFile, source: LocalFile, available: int) -> list[Entry] | None:
+    def _read_header(self, file: DataFile, source: ByteSource, available: int) -> list[Entry] | None:
         """The entries of a file whose header is as it was written, else None, and reported."""
 
         def bad(what: str) -> None:

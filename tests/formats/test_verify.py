@@ -347,7 +347,7 @@ def test_each_data_file_is_read_once_and_in_order(checkpoint: Path, monkeypatch:
             reads.setdefault(self.name, []).append((start, stop))
             super().read(start, stop, into)
 
-    monkeypatch.setattr(module, "LocalFile", Recorded)
+    monkeypatch.setattr(module, "open_source", Recorded)
     assert verify(checkpoint, threads=1).intact
     for file in read_root(str(checkpoint)).files:
         ranges = reads[str(checkpoint / file.path)]

@@ -154,6 +154,9 @@ class PendingSave:
                 status = self._client.wait(self.attempt, until, timeout)
             except RankError as lost:
                 status = self._without_agent(lost)
+            if status.get("error") and self.path not in status["error"]:
+                # of a save that the agent has never heard of it knows no path
+                status = {**status, "error": f"{self.path}: {status['error']}"}
             if status.get("error") or status.get("committed"):
                 with self._lock:
                     first, self._end = self._end is None, status

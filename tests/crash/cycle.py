@@ -26,11 +26,12 @@ NEW = 3
 _GOOD_REASONS = ("newest", "by the rule")
 
 
-def begin(folder: Path) -> None:
-    """Make the run as it is before a cycle. One rank's."""
+def begin(folder: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Make the run as it is before a cycle."""
     for step in (1, 2):
-        saver().save(state(step), folder / RUN / f"step_{step}")
-    copy(folder / RUN / "step_1", folder / FAR / "step_1")
+        saver().save(state(step, rank, world_size), folder / RUN / f"step_{step}")
+    if rank == 0:
+        copy(folder / RUN / "step_1", folder / FAR / "step_1")
 
 
 def restore(original: Path, folder: Path) -> None:

@@ -38,20 +38,21 @@ def watch_channels(watch: Watch) -> None:
     """Watch the messages between this process and its agent, or the agent's trainers, from now on."""
     last: dict[int, str] = {}
 
+    def named(channel: Channel, message: Message) -> str:
+        if "op" not in message:
+            return f"answer to {last.get(id(channel), 'nothing')}"
+        rank = f" {message['rank']}" if "rank" in message else ""
+        last[id(channel)] = f"{message['op']}{rank}"
+        return last[id(channel)]
+
     def send(self: Channel, message: Message) -> None:
-        name = f"answer to {last.get(id(self), '?')}"
-        if "op" in message:
-            name = last[id(self)] = _name(message)
-        watch.step("send", name, lambda: _send(self, message), lambda: _cut(self, message))
+        watch.step("send", named(self, message), lambda: _send(self, message), lambda: _cut(self, message))
 
     def receive(self: Channel, *limit: int) -> Message | None:
         message = _receive(self, *limit)
         if message is None:
             return None
-        if "op" in message:
-            last[id(self)] = _name(message)
-        name = _name(message) if "op" in message else f"answer to {last.get(id(self), '?')}"
-        got: Message = watch.step("receive", name, lambda: message)
+        got: Message = watch.step("receive", named(self, message), lambda: message)
         return got
 
     setattr(Channel, "send", send)  # noqa: B010 - mypy allows no assignment
@@ -64,10 +65,6 @@ def unwatch() -> None:
         setattr(os, name, getattr(_real, name))
     setattr(Channel, "send", _send)  # noqa: B010
     setattr(Channel, "receive", _receive)  # noqa: B010
-
-
-def _name(message: Message) -> str:
-    return f"{message['op']} {message['rank']}" if "rank" in message else str(message["op"])
 
 
 def _cut(channel: Channel, message: Message) -> None:

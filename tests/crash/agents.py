@@ -1,0 +1,156 @@
+"""Agents that are watched: forked from the trainer that launches them, which takes a hundredth of a second.
+
+Such an agent tells each of its system calls and messages to a file, and comes to the harm that it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ckpt.agent import server, writing
+from tests.crash.operations import Fault, Spot, Watch
+from tests.crash.runs import WINDOW
+from tests.crash.syscalls import unwatch, watch_channels, watch_process
+
+LINGER = 0.05
+"""Seconds that a watched agent stays when there is nobody and nothing left."""
+STARTUP = 2.0
+"""Seconds that it waits for its first trainer."""
+_Popen = subprocess.Popen
+
+
+@dataclass
+class Agents:
+    """What becomes of the agents that this process launches from now on.
+
+    Attributes:
+        root: the folder below which system calls are watched.
+        faults: what the next agent comes to; one or two.
+        told: where it writes the spots that it comes to.
+        reads: whether reading calls are watched, too.
+        prepare: called in its process before it begins.
+    """
+
+    root: str
+    faults: Sequence[Fault] = ()
+    told: str | None = None
+    reads: bool = False
+    prepare: Callable[[], None] | None = None
+    running: list[_Forked] = field(default_factory=list)
+
+    def install(self) -> None:
+        """Fork agents instead of starting interpreters."""
+
+        def popen(command: Sequence[str], **options: Any) -> Any:
+            if command[1] != "-m" or not command[2].startswith("ckpt."):
+                return _Popen(command, **options)
+            forked = _Forked(self, command[2:], options)
+            self.running.append(forked)
+            return forked
+
+        setattr(subprocess, "Popen", popen)  # noqa: B010
+
+    def ended(self, seconds: float = 30.0) -> None:
+        """Wait until all of them have ended."""
+        for forked in self.running:
+            forked.wait(seconds)
+        self.running.clear()
+
+    def become(self, command: Sequence[str], options: dict[str, Any]) -> None:
+        """In the forked process: be the agent."""
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+            given = options.get(stream)
+            os.dup2(given.fileno() if hasattr(given, "fileno") else null, number)
+        _close_all_but({0, 1, 2, *options["pass_fds"]})
+        os.environ.clear()
+        os.environ.update(options["env"])
+        for name in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_DFL)
+        unwatch()
+        server.LINGER = LINGER
+        server.STARTUP = STARTUP
+        for module in (writing, server):
+            if hasattr(module, "BUFFER"):
+                module.BUFFER = WINDOW
+        watch = Watch(*self.faults[:1], root=self.root)
+        watch.second = self.faults[1] if len(self.faults) > 1 else None
+        if self.told is not None:
+            trace = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            watch.tell = lambda spot: _tell(trace, spot)
+        watch_process(watch, reads=self.reads)
+        watch_channels(watch)
+        if self.prepare is not None:
+            self.prepare()
+        sys.argv = list(command)
+        import_module(command[0]).main()
+
+
+def _tell(trace: int, spot: Spot) -> None:
+    os.write(trace, json.dumps(spot).encode() + b"\n")
+
+
+def spots(told: str | os.PathLike[str]) -> list[Spot]:
+    """What an agent came to."""
+    return [Spot(*json.loads(line)) for line in Path(told).read_text().splitlines()]
+
+
+def _close_all_but(kept: set[int]) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in kept:
+            with contextlib.suppress(OSError):
+                os.close(int(name))
+
+
+class _Forked:
+    """As much of a Popen as launching an agent needs."""
+
+    def __init__(self, agents: Agents, command: Sequence[str], options: dict[str, Any]) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            agents.become(command, options)
+            code = 0
+        except BaseException:  # noqa: BLE001 - a fork must not go on as its parent would
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            with contextlib.suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("the agent", timeout or 0.0)
+            time.sleep(0.005)
+        return self.returncode or 0
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)

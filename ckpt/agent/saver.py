@@ -338,7 +338,8 @@ class AsyncSaver:
                 self._remember(of, known)
                 open_save = None
                 if known.contents is not None:
-                    open_save = partial(self._open, client, number, attempt, known.contents)
+                    # a copy: the next save has other values, perhaps before this one is opened
+                    open_save = partial(self._open, client, number, attempt, dict(known.contents))
                 return _Begun(client, number, known, known.sources(taken), open_save)
         planned = attempt.plan(problem, question=not alive)
         if taken is None:

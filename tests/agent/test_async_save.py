@@ -100,6 +100,14 @@ def test_what_was_saved_loads_bit_for_bit(tmp_path: Path) -> None:
         assert one.manifest.values == other.manifest.values
 
 
+def test_plain_values_are_those_of_their_step_however_fast_saves_follow(tmp_path: Path) -> None:
+    pendings = [ckpt.async_save({"w": torch.zeros(3), "n": step}, tmp_path / str(step)) for step in range(8)]
+    for step, pending in enumerate(pendings):
+        pending.wait(30)
+        with ckpt.open(tmp_path / str(step)) as checkpoint:
+            assert checkpoint.values["n"] == step
+
+
 class Counting(torch.nn.Module):
     """Buffers that change in each forward pass, as running statistics do."""
 

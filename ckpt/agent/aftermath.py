@@ -46,6 +46,9 @@ class Aftermath:
         self._left = 0
         self._alone_since: float | None = None
 
+    def joined(self, node: str) -> None:
+        """The agent is that of this node. Called once, before any commit."""
+
     def committed(self, what: Committed) -> None:
         """Have it called; does not wait."""
         if self._call is None:

@@ -94,7 +94,6 @@ class AgentClient:
         nodes: list[str] = plan["nodes"]
         secret = plan["secret"]
         node = nodes[group.rank]
-        several = len(set(nodes)) > 1
         first = nodes.index(node) == group.rank
         client: AgentClient | None = None
         mine: Message = {}
@@ -103,7 +102,7 @@ class AgentClient:
                 if first:
                     client = cls(launcher(), group.rank, nodes)
                     mine = {"address": client.address}
-                    if several and group.rank == 0:
+                    if group.rank == 0:
                         crew = {"node": node, "nodes": nodes, "secret": secret, "loopback": plan["one_machine"]}
                         mine |= client._ask({"op": "lead", **crew})
             except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
@@ -112,7 +111,7 @@ class AgentClient:
             try:
                 if client is None:
                     client = cls(where[nodes.index(node)]["address"], group.rank, nodes)
-                elif several and group.rank:
+                elif group.rank:
                     leader = {"node": nodes[0], "hosts": where[0]["hosts"], "port": where[0]["port"]}
                     client._ask({"op": "follow", "node": node, "nodes": nodes, "secret": secret, "leader": leader})
             except Exception as error:  # noqa: BLE001 - as above

@@ -29,8 +29,8 @@ from ckpt_formats.errors import CheckpointError, RankError
 from ckpt_formats.native import names
 from ckpt_formats.native.reader import read_root
 
-ANSWER = 60.0
-"""Seconds within which the leading agent has to answer."""
+ANSWER = 120.0
+"""Seconds within which the leading agent has to answer; longer than it waits for rank 0 to begin a save."""
 
 log = logging.getLogger("ckpt.agent")
 
@@ -190,6 +190,7 @@ class Follower:
 
     def captured(self, attempt: str, rank: int, path: str, step: int | None) -> None:
         """See Committer."""
+        unmade = ""
         with self._changed:
             save = self._saves.get(attempt)
             if save is None:
@@ -204,9 +205,22 @@ class Follower:
                 over = [known for known, other in self._saves.items() if other.over]
                 for known in over[:-KEPT]:
                     del self._saves[known]
-                for name in (names.DATA, names.INDEX):
-                    self._files.make_folders(os.path.join(path, name), made)
-        outcome = self._ask({"op": "captured", "save": attempt, "rank": rank})["outcome"]
+                try:
+                    for name in (names.DATA, names.INDEX):
+                        self._files.make_folders(os.path.join(path, name), made)
+                except OSError as error:
+                    unmade = f"{path}: can't be made on node {self._crew.node} ({error.strerror or error})"
+        if unmade:
+            self.failed(attempt, unmade, "SaveFailedError")
+        try:
+            outcome = self._ask({"op": "captured", "save": attempt, "rank": rank})["outcome"]
+        except RankError as error:
+            # never begun, or the leading agent is gone; if it goes on nevertheless, it tells nobody here
+            with self._changed:
+                if not save.over:
+                    save.error, save.kind = str(error), "RankError"
+                self._changed.notify_all()
+            raise
         if outcome is not None:
             # it was over before this node had anything to do with it
             self._end(save, outcome)

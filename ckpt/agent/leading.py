@@ -24,7 +24,7 @@ from ckpt.agent.wire import BLOBS, Channel, Message
 from ckpt.events import Operation, Phase
 from ckpt.saving.commit import Contents, Part, commit
 from ckpt.storage.files import Files
-from ckpt.storage.publish import Folder, discard
+from ckpt.storage.publish import Folder, discard, remove_folders
 from ckpt_formats import errors
 from ckpt_formats.errors import CheckpointError, RankError
 from ckpt_formats.native import names
@@ -36,6 +36,8 @@ BEGIN = 60.0
 """Seconds that another rank's part waits for rank 0 to open the save."""
 PUBLISH = 120.0
 """Seconds that a commit waits until the other nodes have the root too, on node-local disks."""
+
+_FOLDERS = (names.DATA, names.INDEX)
 
 log = logging.getLogger("ckpt.agent")
 
@@ -403,6 +405,8 @@ class Leader:
             save.failing = True
         log.warning("the save to %s failed: %s", save.folder.path, why)
         self.discard(save.attempt)
+        # perhaps another agent, which may be gone, was the first to need them
+        remove_folders(self._files, [save.folder.path, *(os.path.join(save.folder.path, name) for name in _FOLDERS)])
         kind = kind if kind in errors.__all__ else "SaveFailedError"
         save.operation.end(getattr(errors, kind)(why))
         with self._changed:

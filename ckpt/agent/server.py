@@ -147,9 +147,12 @@ class Agent:
     # answers
 
     def _lead(self, message: Message) -> Message:
-        """This agent is one of several, and the one that commits."""
+        """This agent is the one that commits, perhaps the only one."""
         crew = Crew(message["node"], message["nodes"])
         self._committer = leader = Leader(crew, self._files, self._aftermath, self._break)
+        self._aftermath.joined(crew.node)
+        if not crew.others:
+            return {}
         port = leader.listen(bytes.fromhex(message["secret"]), loopback=message["loopback"])
         return {"port": port, "hosts": ["127.0.0.1"] if message["loopback"] else peers.own_hosts()}
 
@@ -159,6 +162,7 @@ class Agent:
         leader = peers.Address(**message["leader"])
         secret = bytes.fromhex(message["secret"])
         self._committer = Follower(crew, leader, secret, self._files, self._aftermath, self._break)
+        self._aftermath.joined(crew.node)
         return {}
 
     def _slot(self, message: Message) -> Message:

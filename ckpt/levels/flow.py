@@ -29,6 +29,7 @@ from ckpt.levels.tiers import Level
 from ckpt.storage.facts import update_facts
 from ckpt_formats.errors import CheckpointError, CheckpointExistsError, CorruptionError, FormatError
 from ckpt_formats.native import names
+from ckpt_formats.native.node_folders import NODE
 from ckpt_formats.native.reader import read_root
 
 __all__ = ["STATUS", "Flow"]
@@ -69,6 +70,9 @@ class Flow(Aftermath):
         levels: its levels; the first is where saves are committed.
         home: the agent's folder, for the status.
         claim: the lock that this process shares with the trainers; None when this is not the agent that leads.
+
+    On node-local disks, every agent brings its node's part of a checkpoint to the other levels, and the one that leads
+    commits it there when all parts have come.
     """
 
     def __init__(self, run: str, levels: Sequence[Level], home: str, claim: int | None) -> None:
@@ -77,7 +81,10 @@ class Flow(Aftermath):
         self._home = home
         self._claim = claim
         self._first = levels[0]
-        self._places = [Place(level) for level in levels[1:]]
+        self._node_local = NODE in self._first.place
+        self._folder = self._first.place
+        """Where the checkpoints of the first level lie, on this node."""
+        self._places = [Place(level, part=claim is None) for level in levels[1:]]
         self._known: dict[tuple[str, int, int], _OnDisk | None] = {}
         self._condition = threading.Condition()
         self._wakes = 0
@@ -90,18 +97,26 @@ class Flow(Aftermath):
         """Why the first level could not be pruned."""
         self._since: float | None = None
         self._over = False
-        if claim is not None:
-            workers: dict[str, Callable[[], float | None]] = {self._first.name: self._keep_first}
-            workers |= {place.level.name: partial(self._bring, place) for place in self._places}
-            self._done = dict.fromkeys(workers, -1)
-            for name, work in workers.items():
-                # they end with the process, which stays until they are done or given up
-                threading.Thread(target=self._work, args=(name, work), name=f"ckpt-flow-{name}", daemon=True).start()
+        if claim is not None and not self._node_local:
+            self._start()
+
+    def _start(self) -> None:
+        workers: dict[str, Callable[[], float | None]] = {self._first.name: self._keep_first}
+        workers |= {place.level.name: partial(self._bring, place) for place in self._places}
+        self._done = dict.fromkeys(workers, -1)
+        for name, work in workers.items():
+            # they end with the process, which stays until they are done or given up
+            threading.Thread(target=self._work, args=(name, work), name=f"ckpt-flow-{name}", daemon=True).start()
 
     # what the agent asks
 
+    def joined(self, node: str) -> None:
+        if self._node_local:
+            self._folder = self._folder.replace(NODE, node)
+            self._start()
+
     def committed(self, what: Committed) -> None:
-        if self._claim is None or not what.leads:
+        if not self._done:
             return
         with self._condition:
             self._seen = max(self._seen, -1 if what.step is None else what.step)
@@ -119,7 +134,7 @@ class Flow(Aftermath):
             behind = [name for name, done in self._done.items() if done < self._wakes]
         if not behind or self._over:
             return True
-        if held_by_another(self._run_folder):
+        if self._claim is not None and held_by_another(self._run_folder):
             log.warning("%s: another job goes on with this run, and with what is not on all levels", self._run_folder)
             return True
         if now - self._since < PATIENCE:
@@ -221,7 +236,7 @@ class Flow(Aftermath):
             if place.present is None:
                 return None  # who looks there wakes this one up
             owed.update(item.step for item in self._owed(place))
-        report = prune(self._first.place, Any(self._first.keep, _Steps(owed)))
+        report = prune(self._folder, Any(self._first.keep, _Steps(owed)))
         self._pruning = f"{report.failed[0][0]}: {report.failed[0][1]}" if report.failed else None
         if report.removed:
             with self._condition:
@@ -234,7 +249,7 @@ class Flow(Aftermath):
         """The committed checkpoints of the first level, the newest first."""
         found: list[_OnDisk] = []
         try:
-            entries = list(os.scandir(self._first.place))
+            entries = list(os.scandir(self._folder))
         except FileNotFoundError:
             return []
         for entry in entries:
@@ -281,7 +296,7 @@ class Flow(Aftermath):
 
     def _taken_over(self) -> bool:
         """Whether the trainers are gone and another job has the run; then its levels are that one's business."""
-        if self._since is None:
+        if self._since is None or self._claim is None:
             return False
         self._over = self._over or held_by_another(self._run_folder)
         return self._over

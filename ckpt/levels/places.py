@@ -6,7 +6,7 @@ import os
 
 from ckpt.levels.prune import prune
 from ckpt.levels.tiers import Level
-from ckpt.transfer.copy import copy
+from ckpt.transfer.copy import copy, copy_part
 from ckpt_formats.errors import CheckpointNotFoundError
 from ckpt_formats.native import names
 from ckpt_formats.runs import State, find_checkpoints
@@ -15,7 +15,7 @@ __all__ = ["Place"]
 
 
 class Place:
-    """A further level.
+    """A further level. With `part`, only this node's part of each checkpoint is brought, and committed by others.
 
     Attributes:
         present: the steps that are there; None before `look`.
@@ -23,8 +23,9 @@ class Place:
         brought: steps that were; they are not brought again when they have been pruned there.
     """
 
-    def __init__(self, level: Level) -> None:
+    def __init__(self, level: Level, *, part: bool = False) -> None:
         self.level = level
+        self._part = part
         self.present: set[int] | None = None
         self.refused: set[int] = set()
         self.brought: set[int] = set()
@@ -45,14 +46,18 @@ class Place:
             CorruptionError, FormatError: it is damaged.
             SaveFailedError, OSError: it can't be brought now.
         """
-        copy(path, os.path.join(self.level.place, names.step_folder(step)))
+        target = os.path.join(self.level.place, names.step_folder(step))
+        if self._part:
+            copy_part(path, target)
+        else:
+            copy(path, target)
         self.brought.add(step)
         if self.present is not None:
             self.present.add(step)
 
     def prune(self) -> None:
         """Remove what need not be kept there. Raises CheckpointError, OSError."""
-        if self.level.keep is None:
+        if self.level.keep is None or self._part:
             return
         prune(self.level.place, self.level.keep)
         self.look()

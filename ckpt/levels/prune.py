@@ -151,7 +151,8 @@ class _Prune:
     def run(self, keep: Policy | int | None) -> PruneReport:
         whole: list[tuple[Found, int]] = []
         for item in self._found:
-            if item.state is State.WHOLE and item.step is not None:
+            # on node-local disks, each node prunes its own, which is as whole as it can be
+            if (item.state is State.WHOLE or item.elsewhere) and item.step is not None:
                 whole.append((item, item.step))
             elif item.state is not State.NOT_COMMITTED:
                 why = "has no step" if item.state is State.WHOLE else item.state.value

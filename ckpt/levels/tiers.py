@@ -115,11 +115,6 @@ def settle(
         if any(other.place == place for other in levels):
             raise StateError(f"two levels lie in {place}; give each a place of its own")
         levels.append(level)
-    if NODE in levels[0].place and len(levels) > 1:
-        raise StateError(
-            f"checkpoints on node-local disks ({levels[0].place}) do not flow to other levels yet, since no node has "
-            "all of one; save to storage that all nodes share, and let it flow from there"
-        )
     if any(NODE in level.place for level in levels[1:]):
         raise StateError(f"only the first level can be node-local disks ({NODE} in its path)")
     _require_json(levels)

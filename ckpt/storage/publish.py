@@ -60,7 +60,7 @@ def prepare_folder(files: Files, path: str) -> Folder:
         for name in (names.DATA, names.INDEX):
             files.make_folders(os.path.join(path, name), made)
     except OSError as error:
-        _remove_folders(files, made)
+        remove_folders(files, made)
         raise SaveFailedError(
             f"{path}: the checkpoint's folder can't be made ({error.strerror or error}); nothing was saved. "
             "Save to another place, or make this one writable",
@@ -212,10 +212,10 @@ def discard(files: Files, folder: Folder, attempt: str) -> None:
                 if attempt in entry:
                     with contextlib.suppress(OSError):
                         files.remove(os.path.join(inside, entry))
-    _remove_folders(files, folder.made)
+    remove_folders(files, folder.made)
 
 
-def _remove_folders(files: Files, made: Sequence[str]) -> None:
+def remove_folders(files: Files, made: Sequence[str]) -> None:
     """Remove folders that were made, unless there is something in them."""
     for path in reversed(made):
         with contextlib.suppress(OSError):

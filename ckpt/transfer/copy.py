@@ -13,6 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,7 @@ from ckpt_formats.errors import (
 from ckpt_formats.facts import Facts, read_facts
 from ckpt_formats.locks import held
 from ckpt_formats.native import names
+from ckpt_formats.native.node_folders import NodeFolders, folders_of, missing_text, root_folder
 from ckpt_formats.native.reader import is_native, load_page, read_root, require_size
 from ckpt_formats.native.regions import ChunkTable, Segment
 from ckpt_formats.native.root import MAX_SIZE, PageFile, Root, decode
@@ -45,13 +47,15 @@ from ckpt_formats.remote import is_url, normal
 from ckpt_formats.runs import Found, State, find_checkpoints
 from ckpt_formats.sources import ByteSource, open_source, read_small
 
-__all__ = ["CopyResult", "RunCopyResult", "copy", "copy_run"]
+__all__ = ["CopyResult", "RunCopyResult", "copy", "copy_part", "copy_run"]
 
 BUFFERS = 3
 """Buffers of a copy: while one is written, the next is read and checked."""
 AHEAD = 4
 """Buffers that are being filled at once from a store, where each read waits for an answer."""
 
+Checks = Iterator[tuple[str, int, Iterable[Segment]]]
+"""Path and size of each file of a checkpoint, and the segments that it must consist of."""
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -102,7 +106,7 @@ def copy(
     While it is copied it is not pruned. When the same checkpoint lies at the target already, nothing is done.
 
     Args:
-        source: a checkpoint's folder, or its URL in a store.
+        source: a checkpoint's folder, or its URL in a store; on node-local disks with `{node}` in it, or any node's.
         target: the copy's folder or URL. Files of an earlier copy that did not end are used again if they are whole;
             on S3, the parts of files too.
         progress: called after each buffer.
@@ -118,12 +122,7 @@ def copy(
         StoreError: so did a store; what is said of SaveFailedError holds.
     """
     path, place = normal(source), normal(target)
-    if not is_native(path):
-        read_root(path)  # says what is there instead
-    with Operation("copy", place) as operation, held(path):
-        staging = staging or Staging(_buffers(path))
-        kind = _Upload if is_url(place) else _Copy
-        work = kind(path, place, progress, files or Files(), staging)
+    with Operation("copy", place) as operation, _open(path, place, progress, files, staging) as work:
         operation.step = work.root.step
         present = work.is_there()
         if not present:
@@ -141,6 +140,20 @@ def copy(
         note=work.note,
         seconds=operation.total,
     )
+
+
+def copy_part(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
+    """Of a checkpoint on node-local disks, copy what lies in one node's folder, and commit nothing: `copy` does on some
+    node, when all others have brought their parts. Returns the bytes that were written now. Raises as `copy`.
+    """
+    path, place = normal(source), normal(target)
+    with Operation("copy", place) as operation, _open(path, place, None, None, None) as work:
+        operation.step = work.root.step
+        if not work.is_there():
+            with operation.phase("copy") as phase:
+                work.run(part=True)
+                phase.bytes = operation.bytes = work.copied
+    return work.copied
 
 
 def copy_run(
@@ -204,6 +217,22 @@ def copy_run(
     )
 
 
+@contextmanager
+def _open(
+    path: str, place: str, progress: Progress | None, files: Files | None, staging: Staging | None
+) -> Iterator[_Copy]:
+    """A copy that is to be made, its source held meanwhile."""
+    folder = root_folder(path)
+    if not is_native(folder):
+        read_root(folder)  # says what is there instead
+    with ExitStack() as stack:
+        for each in {folder, *folders_of(path)}:
+            if each == folder or is_native(each):
+                stack.enter_context(held(each))
+        kind = _Upload if is_url(place) else _Copy
+        yield kind(path, folder, place, progress, files or Files(), staging or Staging(_buffers(path)))
+
+
 def _buffers(source: str) -> int:
     return AHEAD + BUFFERS if is_url(source) else BUFFERS
 
@@ -221,7 +250,10 @@ class _Copy:
         note: see CopyResult.
     """
 
-    def __init__(self, source: str, target: str, progress: Progress | None, files: Files, staging: Staging) -> None:
+    def __init__(
+        self, path: str, source: str, target: str, progress: Progress | None, files: Files, staging: Staging
+    ) -> None:
+        """`source` is the folder of the root, to which `path` leads."""
         self._source = source
         self._target = target
         self._progress = progress
@@ -230,6 +262,9 @@ class _Copy:
         self._manifest = _manifest_of(source)
         self._attempt = secrets.token_hex(8)
         self.root: Root = decode(self._manifest, os.path.join(source, names.MANIFEST))
+        self._where = NodeFolders(path, source, self.root.layout)
+        self._absent: list[str] = []
+        """Files that lie on other nodes, and that these have not brought yet."""
         listed = sum(file.size for file in self.root.files) + sum(page.size for page in self.root.pages)
         self.total = listed + len(self._manifest)
         self.copied = self.verified = 0
@@ -265,20 +300,26 @@ class _Copy:
             path=self._target,
         )
 
-    def run(self) -> None:
-        """Copy and commit."""
+    def run(self, *, part: bool = False) -> None:
+        """Copy and commit, or only copy the `part` that lies in this folder."""
         checks = self._checks()
         facts = self._facts()
-        self._commit(checks, facts)
-        self.copied += len(self._manifest)
+        if part:
+            checks = (check for check in checks if os.path.lexists(os.path.join(self._source, check[0])))
+        self._commit(checks, facts, part)
+        if not part:
+            self.copied += len(self._manifest)
         self._report(0)
 
-    def _commit(self, checks: Iterator[tuple[str, int, Iterable[Segment]]], facts: Facts) -> None:
+    def _commit(self, checks: Checks, facts: Facts, part: bool) -> None:
         folder = prepare_folder(self._files, self._target)
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="ckpt-copy") as pool:
                 for path, size, segments in checks:
                     self._bring(path, size, segments, pool)
+            if part:
+                return
+            self._require_all()
             if facts:
                 write_facts(self._files, self._target, facts)
             publish_encoded(self._files, folder, self._attempt, self._manifest)
@@ -293,8 +334,25 @@ class _Copy:
                 ) from error
             raise
 
-    def _checks(self) -> Iterator[tuple[str, int, Iterable[Segment]]]:
-        """Each file that the root lists, with the segments that it must consist of."""
+    def _require_all(self) -> None:
+        if self._absent:
+            lost = missing_text(self._where.missing(self._absent))
+            raise SaveFailedError(
+                f"{self._target}: not all is there yet: {lost}. Copy where they can be reached, or wait until their "
+                "nodes have brought them",
+                path=self._target,
+                step=self.root.step,
+            )
+
+    def _is_absent(self, path: str) -> bool:
+        """Whether a file lies on another node, whose disk can't be reached here."""
+        absent = bool(self._where.missing([path]))
+        if absent:
+            self._absent.append(path)
+        return absent
+
+    def _checks(self) -> Checks:
+        """Each file that the root lists."""
         root = self.root
         pages = [load_page(self._source, root, number) for number in range(len(root.pages))]
         for page in pages:
@@ -302,7 +360,7 @@ class _Copy:
                 require_known(root.codecs[codec], where="a chunk", path=self._source)
         table = ChunkTable(root, pages)
 
-        def each() -> Iterator[tuple[str, int, Iterable[Segment]]]:
+        def each() -> Checks:
             for page in root.pages:
                 yield page.path, page.size, list(_blocks(page, root.block_size))
             for number, file in enumerate(root.files):
@@ -328,9 +386,11 @@ class _Copy:
             self.verified += size
             self._report(0)
             return
+        if self._is_absent(path):
+            return
         folder, _, _ = path.rpartition("/")
         temporary = os.path.join(self._target, folder, names.temporary("copy", self._attempt))
-        source = open_source(os.path.join(self._source, path))
+        source = open_source(self._where.find(path))
         try:
             require_size(source, size)
             with self._files.create(temporary, direct=size >= ALIGNMENT) as file:
@@ -446,11 +506,14 @@ class _Upload(_Copy):
             raise self._other()
         return True
 
-    def _commit(self, checks: Iterator[tuple[str, int, Iterable[Segment]]], facts: Facts) -> None:
+    def _commit(self, checks: Checks, facts: Facts, part: bool) -> None:
         with Uploading(self._target) as uploading:
             for path, size, segments in checks:
                 self._bring_up(uploading, path, size, list(segments))
             uploading.wait()
+            if part:
+                return
+            self._require_all()
             if not uploading.commit(self._manifest, facts):
                 raise self._other()
 
@@ -463,7 +526,9 @@ class _Upload(_Copy):
             self.verified += size
             self._report(0)
             return
-        source = open_source(os.path.join(self._source, path))
+        if self._is_absent(path):
+            return
+        source = open_source(self._where.find(path))
         try:
             require_size(source, size)
             check = self._check(source, segments)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -51,6 +51,8 @@ class Found:
     state: State
     problem: str | None = None
     """What is wrong, when it is not whole."""
+    elsewhere: bool = False
+    """It is partial for no other reason than that other nodes' disks can't be reached."""
     step: int | None
     """By its root, or by its folder's name when it has none that can be read."""
     bytes: int
@@ -178,17 +180,18 @@ def _inspect(path: str) -> Found | None:
         except OSError:
             return None
 
-    lost = missing_text(where.missing(file.path for file in root.files))
-    return _committed(path, root, os.path.getsize(manifest), size, lost)
+    found = _committed(path, root, os.path.getsize(manifest), size)
+    lost = where.missing(file.path for file in root.files)
+    if not lost:
+        return found
+    here = replace(root, files=[file for file in root.files if where.node(file.path) not in lost])
+    elsewhere = where.own not in lost and _incomplete(here, size) is None
+    return replace(found, problem=missing_text(lost), elsewhere=elsewhere)
 
 
-def _committed(
-    folder: str, root: Root, manifest: int, size: Callable[[str], int | None], lost: str | None = None
-) -> Found:
-    """A checkpoint whose root could be read. `size` is that of a file, None when there is none; `lost` says which nodes
-    are gone.
-    """
-    problem = lost or _incomplete(root, size)
+def _committed(folder: str, root: Root, manifest: int, size: Callable[[str], int | None]) -> Found:
+    """A checkpoint whose root could be read. `size` is that of a file, None when there is none."""
+    problem = _incomplete(root, size)
     listed = sum(file.size for file in root.files) + sum(page.size for page in root.pages)
     return Found(
         path=folder,

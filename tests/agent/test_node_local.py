@@ -13,13 +13,20 @@ import torch
 import torch.distributed as dist
 
 import ckpt
-from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError, CorruptionError, StateError
+from ckpt.transfer.copy import copy, copy_part
+from ckpt_formats.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptionError,
+    SaveFailedError,
+    StateError,
+)
 from ckpt_formats.geometry import Box
 from ckpt_formats.reading import Request
 from ckpt_formats.runs import State, find_checkpoints
 from ckpt_formats.verify import verify
 from tests.agent.test_async_save import until
-from tests.agent.test_nodes import agent_pids, assert_agents_end, assert_saved, failure_of, saver_on, state_of
+from tests.agent.test_nodes import NODES, agent_pids, assert_agents_end, assert_saved, failure_of, saver_on, state_of
 from tests.ranks import run_ranks
 
 
@@ -140,3 +147,52 @@ def test_one_node_alone_may_name_its_disk_so_too(tmp_path: Path, monkeypatch: py
 def save_alone(rank: int, world_size: int, folder: str) -> None:
     os.environ["CKPT_NODE"] = "only"
     ckpt.async_save({"w": torch.arange(3)}, f"{folder}/{{node}}/step_1").wait(30)
+
+
+# --- from node-local disks to what all nodes share
+
+
+def train(rank: int, world_size: int, folder: str, last: int) -> None:
+    os.environ["CKPT_NODE"] = NODES[rank]
+    weight = torch.zeros(10, 300)
+    state: dict[str, object] = {"w": ckpt.Shard(weight, (10 * world_size, 300), (10 * rank, 0))}
+    tiers = [ckpt.Disk(f"{folder}/{{node}}/run", keep=2), ckpt.Disk(f"{folder}/shared")]
+    with ckpt.Checkpointer(f"{folder}/run", state, every=1, tiers=tiers) as run:
+        for step in run.steps(last):
+            weight.fill_(100 * step + rank)
+
+
+def test_node_local_checkpoints_flow_to_a_further_level_part_by_part_and_are_pruned_on_each_node(
+    tmp_path: Path,
+) -> None:
+    run_ranks(train, 4, str(tmp_path), 5, timeout=120)
+    shared = tmp_path / "shared"
+    until(lambda: len(find_checkpoints(shared)) == 5, "all to be there")
+    for item in find_checkpoints(shared):
+        assert item.state is State.WHOLE
+        assert item.step is not None
+        assert_saved(Path(item.path), 4, item.step)
+    for node in "ab":
+        until(lambda node=node: len(os.listdir(tmp_path / node / "run")) == 2, f"node {node} to be pruned")
+        assert sorted(os.listdir(tmp_path / node / "run")) == ["step_00000004", "step_00000005"]
+
+
+@pytest.mark.parametrize("store", ["folder", "memory"])
+def test_a_copy_waits_for_the_parts_of_nodes_that_it_can_not_reach(store: str, tmp_path: Path) -> None:
+    run_ranks(save_twice, 4, str(tmp_path))
+    # from now on this is what node a sees: its own folder; node b's is elsewhere
+    shutil.move(tmp_path / "b", tmp_path / "elsewhere" / "b")
+    a, b = tmp_path / "a" / "run" / "step_1", tmp_path / "elsewhere" / "b" / "run" / "step_1"
+    target = f"memory://parts-{os.getpid()}/step_1" if store == "memory" else str(tmp_path / "target" / "step_1")
+    with pytest.raises(SaveFailedError, match="not all is there yet: node b's files are missing"):
+        copy(a, target)
+    with pytest.raises(CheckpointNotFoundError):
+        ckpt.open(target)
+    assert copy_part(b, target) > 2 * 12_000
+    with pytest.raises(CheckpointNotFoundError):
+        ckpt.open(target)
+    copy(a, target)
+    assert_saved(target, 4, 1)
+    assert verify(target).damage == []
+    # it is there: nobody brings anything again
+    assert copy_part(b, target) == 0

@@ -51,7 +51,7 @@ def state_of(rank: int, step: int) -> dict[str, object]:
     return {"w": ckpt.Shard(rows, (10 * dist.get_world_size(), 300), (10 * rank, 0)), "own": ckpt.PerRank(rank)}
 
 
-def assert_saved(path: Path, world_size: int, step: int) -> None:
+def assert_saved(path: str | Path, world_size: int, step: int) -> None:
     with ckpt.open(path) as checkpoint:
         rows = checkpoint["w"][:]
         assert rows.shape == (10 * world_size, 300)

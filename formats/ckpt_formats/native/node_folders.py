@@ -62,14 +62,20 @@ class NodeFolders:
         path: how the checkpoint was named, with `{node}` or without.
         folder: where its root was read.
         layout: the root's.
+
+    Attributes:
+        own: the node whose folder this is; None if it is not known to be one's.
     """
 
     def __init__(self, path: str, folder: str, layout: Mapping[str, Any]) -> None:
         self._folder = folder
         self._nodes = _nodes(layout)
-        self._pattern = (
-            (path if NODE in path else _pattern(folder, layout, self._nodes.values())) if self._nodes else ""
-        )
+        self._pattern = path if NODE in path else str(layout.get("folder", ""))
+        here = os.path.abspath(folder)
+        self.own = next((node for node in set(self._nodes.values()) if self._in(node) == here), None)
+        if self.own is None:
+            # the root's word is not enough: nothing is looked for but in folders that differ by a node's name
+            self._pattern = ""
 
     def node(self, file: str) -> str | None:
         """The node whose ranks wrote a file; None where that is not said, and so of whatever lies on every node."""
@@ -82,7 +88,7 @@ class NodeFolders:
         node = self.node(file)
         if node is None or not self._pattern or os.path.lexists(here):
             return here
-        return os.path.join(self._pattern.replace(NODE, node), file)
+        return os.path.join(self._in(node), file)
 
     def missing(self, files: Iterable[str]) -> dict[str, list[str]]:
         """Node -> those of the files that it should have and that can't be reached."""
@@ -92,6 +98,9 @@ class NodeFolders:
             if node is not None and not os.path.lexists(self.find(file)):
                 lost.setdefault(node, []).append(file)
         return lost
+
+    def _in(self, node: str) -> str:
+        return self._pattern.replace(NODE, node)
 
 
 def missing_text(lost: Mapping[str, list[str]]) -> str:
@@ -110,15 +119,3 @@ def _nodes(layout: Mapping[str, Any]) -> dict[int, str]:
         if isinstance(ranks, list) and _NAME.fullmatch(node):
             nodes.update((rank, node) for rank in ranks if isinstance(rank, int))
     return nodes
-
-
-def _pattern(folder: str, layout: Mapping[str, Any], nodes: Iterable[str]) -> str:
-    """The path with `{node}` that this folder is an instance of; empty if it lies elsewhere than it was written.
-
-    The root's word is not enough: nothing is looked for but in folders that differ from this one by a node's name.
-    """
-    said = layout.get("folder")
-    here = os.path.abspath(folder)
-    if isinstance(said, str) and any(said.replace(NODE, node) == here for node in set(nodes)):
-        return said
-    return ""

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -39,14 +39,14 @@ class Agents:
         faults: what the next agent comes to; one or two.
         told: where it writes the spots that it comes to.
         reads: whether reading calls are watched, too.
-        prepare: called in its process before it begins.
+        homes: a file that gets the folder of each agent, a line for each.
     """
 
     root: str
     faults: Sequence[Fault] = ()
     told: str | None = None
     reads: bool = False
-    prepare: Callable[[], None] | None = None
+    homes: str | None = None
     running: list[_Forked] = field(default_factory=list)
 
     def install(self) -> None:
@@ -55,6 +55,9 @@ class Agents:
         def popen(command: Sequence[str], **options: Any) -> Any:
             if command[1] != "-m" or not command[2].startswith("ckpt."):
                 return _Popen(command, **options)
+            if self.homes is not None:
+                with open(self.homes, "a", encoding="utf-8") as homes:
+                    homes.write(command[command.index("--home") + 1] + "\n")
             forked = _Forked(self, command[2:], options)
             self.running.append(forked)
             return forked
@@ -92,8 +95,6 @@ class Agents:
             watch.tell = lambda spot: _tell(trace, spot)
         watch_process(watch, reads=self.reads)
         watch_channels(watch)
-        if self.prepare is not None:
-            self.prepare()
         sys.argv = list(command)
         import_module(command[0]).main()
 

@@ -61,7 +61,9 @@ class Fence:
         if save is None or save.trusted:
             return None
         for tensor, version, owner, entry in guarded:
-            if owner() not in self._stepped and tensor._version != version:
+            optimizer = owner()
+            # one that is gone, with its model or for another, may have stepped before
+            if optimizer is not None and optimizer not in self._stepped and tensor._version != version:
                 self._eager = True
                 why = (
                     f"a tensor of shape {list(tensor.shape)} that belongs to the optimizer {entry!r} was changed since "

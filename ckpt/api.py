@@ -74,15 +74,16 @@ def async_save(
     waits, and says so.
 
     Args:
-        state, path, step, process_group: as for `save`.
+        state, path, step, process_group: as for `save`. With `{node}` in the path, which stands for a node's name, each
+            node writes to a disk of its own.
         capture: "eager" copies everything before this returns, for those who change parameters by other means than
             `optimizer.step` (or wait for `pending.captured()` before they do).
 
     Returns a handle: `captured()`, `committed()`, `wait()`, `done()`, `result()`. A save that failed says so there,
     and at the next `async_save`.
 
-    Raises what `save` raises when the state can't be saved, and SaveFailedError when ranks are on several nodes, which
-    is not supported yet.
+    Raises what `save` raises when the state can't be saved, and SaveFailedError or RankError when an agent can't be
+    started or reached.
     """
     return _async_saver.save(state, path, step=step, process_group=process_group, capture=capture)
 

@@ -22,6 +22,7 @@ from ckpt.agent.aftermath import Aftermath, Committed
 from ckpt.agent.crew import Crew, ranks_text
 from ckpt.agent.wire import BLOBS, Channel, Message
 from ckpt.events import Operation, Phase
+from ckpt.events.json_lines import as_json
 from ckpt.saving.commit import Contents, Part, commit
 from ckpt.storage.files import Files
 from ckpt.storage.publish import Folder, discard, remove_folders
@@ -55,6 +56,8 @@ class Save:
     """Until it is over."""
     node_local: bool
     """Whether each node has a folder of its own."""
+    events: list[Message]
+    """What the operation has told so far, for the sinks of rank 0's process."""
     captured: set[int] = field(default_factory=set)
     prepared: set[int] = field(default_factory=set)
     parts: dict[int, Part] = field(default_factory=dict)
@@ -198,11 +201,19 @@ class Leader:
         """Open a save."""
         contents = message["contents"]
         world_size = int(message["world_size"])
+        events: list[Message] = []
         save = Save(
             attempt=message["save"],
             world_size=world_size,
             folder=Folder(message["path"], message["made"]),
-            operation=Operation("save", message["path"], step=contents["step"], world_size=world_size),
+            operation=Operation(
+                "save",
+                message["path"],
+                step=contents["step"],
+                world_size=world_size,
+                also=lambda event: events.append(as_json(event)),
+            ),
+            events=events,
             contents=Contents(
                 step=contents["step"],
                 tensors={name: (dtype, tuple(shape), cut) for name, (dtype, shape, cut) in contents["tensors"].items()},
@@ -337,6 +348,7 @@ class Leader:
             "seconds": save.seconds,
             "waits_for": [f"{rank}{self._crew.where(rank)}" for rank in ranks if rank not in save.captured],
             "writes": [f"{rank}{self._crew.where(rank)}" for rank in ranks if rank not in save.prepared],
+            "events": list(save.events) if save.over else [],
         }
 
     def _outcome(self, save: Save) -> Message:

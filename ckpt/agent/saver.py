@@ -29,6 +29,7 @@ from ckpt.agent.worker import Worker
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation
 from ckpt.events.log import seconds_text, size_text
+from ckpt.events.relay import relay
 from ckpt.provenance import provenance
 from ckpt.saving.capture import Capture, Laid
 from ckpt.saving.recurring import NEW, ORIGIN, Greeting, Recurring, place_digest, signature, values_digest
@@ -160,8 +161,11 @@ class PendingSave:
             if status.get("error") or status.get("committed"):
                 with self._lock:
                     first, self._end = self._end is None, status
-                if first and self._client.rank == 0 and status.get("committed"):
-                    log.info("%s", self._summary(status))
+                if first and self._client.rank == 0:
+                    if self._client.pid != os.getpid():
+                        relay(status.get("events", ()))
+                    if status.get("committed"):
+                        log.info("%s", self._summary(status))
         if status.get("error"):
             raise failure(status)
         return status

@@ -9,20 +9,25 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypedDict
 
 from ckpt.events.environment import sinks_from_environment
 from ckpt.events.registry import REGISTRY
-from ckpt.events.types import OperationEnded, OperationStarted, PhaseEnded, PhaseStarted, WaitEnded, WaitStarted
+from ckpt.events.types import Event, OperationEnded, OperationStarted, PhaseEnded, PhaseStarted, WaitEnded, WaitStarted
 
 __all__ = ["Operation", "Phase"]
 
 OTHER_RANKS = "other ranks"
 
 _numbers = itertools.count(1)
+
+
+def next_number() -> int:
+    """The number of an operation of this process."""
+    return next(_numbers)
 
 
 class _Facts(TypedDict):
@@ -60,14 +65,25 @@ class Operation:
         ConfigurationError: CKPT_EVENTS says nothing that can be understood.
     """
 
-    def __init__(self, name: str, path: str, *, step: int | None = None, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        *,
+        step: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        also: Callable[[Event], object] | None = None,
+    ) -> None:
+        """`also` is told every event of this operation, as sinks are."""
         REGISTRY.prepare(sinks_from_environment)
         self.step = step
         self.bytes = 0
         self.seconds: dict[str, float] = {}
         self.waited = 0.0
+        self._also = also
         self._name = name
-        self._id = next(_numbers)
+        self._id = next_number()
         self._path = path
         self._rank = rank
         self._world_size = world_size
@@ -77,8 +93,8 @@ class Operation:
         self._end_is_due = False
         self._error: BaseException | None = None
         self._begin = time.monotonic()
-        if REGISTRY.registrations:
-            REGISTRY.tell(OperationStarted(**self._facts(self._begin, rank)))
+        if self._is_heard:
+            self._tell(OperationStarted(**self._facts(self._begin, rank)))
 
     @property
     def total(self) -> float:
@@ -95,8 +111,8 @@ class Operation:
         phase = self._current.get(threading.get_ident())
         name, rank = (None, self._rank) if phase is None else (phase.name, phase.rank)
         begin = time.monotonic()
-        if REGISTRY.registrations:
-            REGISTRY.tell(WaitStarted(**self._facts(begin, rank), phase=name, reason=reason))
+        if self._is_heard:
+            self._tell(WaitStarted(**self._facts(begin, rank), phase=name, reason=reason))
         try:
             yield
         finally:
@@ -105,8 +121,8 @@ class Operation:
                 self.waited += end - begin
             if phase is not None:
                 phase.waited += end - begin
-            if REGISTRY.registrations:
-                REGISTRY.tell(WaitEnded(**self._facts(end, rank), phase=name, reason=reason, seconds=end - begin))
+            if self._is_heard:
+                self._tell(WaitEnded(**self._facts(end, rank), phase=name, reason=reason, seconds=end - begin))
 
     def end(self, error: BaseException | None = None) -> None:
         """It is over, with an error or without; does nothing the second time. It is told when the last phase that is
@@ -121,10 +137,19 @@ class Operation:
         if not under_way:
             self._tell_end()
 
+    @property
+    def _is_heard(self) -> bool:
+        return bool(REGISTRY.registrations) or self._also is not None
+
+    def _tell(self, event: Event) -> None:
+        REGISTRY.tell(event)
+        if self._also is not None:
+            self._also(event)
+
     def _tell_end(self) -> None:
-        if REGISTRY.registrations:
+        if self._is_heard:
             now = time.monotonic()
-            REGISTRY.tell(
+            self._tell(
                 OperationEnded(
                     **self._facts(now, self._rank),
                     seconds=now - self._begin,
@@ -150,8 +175,8 @@ class Operation:
             outer = self._current.get(thread)
             self._current[thread] = phase
             self.seconds.setdefault(phase.name, 0.0)
-        if REGISTRY.registrations:
-            REGISTRY.tell(PhaseStarted(**self._facts(phase.begin, phase.rank), phase=phase.name))
+        if self._is_heard:
+            self._tell(PhaseStarted(**self._facts(phase.begin, phase.rank), phase=phase.name))
         return outer
 
     def _leave(self, phase: Phase, outer: Phase | None, end: float) -> None:
@@ -165,8 +190,8 @@ class Operation:
             last = self._end_is_due and not self._current
             if last:
                 self._end_is_due = False
-        if REGISTRY.registrations:
-            REGISTRY.tell(
+        if self._is_heard:
+            self._tell(
                 PhaseEnded(
                     **self._facts(end, phase.rank),
                     phase=phase.name,

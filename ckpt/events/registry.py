@@ -28,8 +28,10 @@ _log = logging.getLogger("ckpt")
 class Registration:
     """A sink in its registry; leaving its `with` block, or `remove`, takes it out again."""
 
-    def __init__(self, registry: Registry, sink: Sink) -> None:
+    def __init__(self, registry: Registry, sink: Sink, *, everywhere: bool = False) -> None:
         self.sink = sink
+        self.everywhere = everywhere
+        """Whether other processes of this job have the same one, as those that the environment chooses."""
         self._registry = registry
 
     def remove(self) -> None:
@@ -76,12 +78,22 @@ class Registry:
         """Add what was chosen by other means, once. If that raises, nothing is added, and the next call tries again."""
         with self._lock:
             if not self._prepared:
-                self.registrations = (*self.registrations, *(Registration(self, sink) for sink in chosen()))
+                self.registrations = (
+                    *self.registrations,
+                    *(Registration(self, sink, everywhere=True) for sink in chosen()),
+                )
                 self._prepared = True
 
     def tell(self, event: Event) -> None:
         """Call every sink. Raises nothing that a sink raises, but what interrupts the whole program."""
-        for registration in self.registrations:
+        self._call(self.registrations, event)
+
+    def relay(self, event: Event) -> None:
+        """The same with an event of another process, of which only the sinks of this one do not know yet."""
+        self._call([registration for registration in self.registrations if not registration.everywhere], event)
+
+    def _call(self, registrations: Sequence[Registration], event: Event) -> None:
+        for registration in registrations:
             try:
                 registration.sink(event)
             except Exception as error:  # noqa: BLE001 - telling of a save must never be what breaks it

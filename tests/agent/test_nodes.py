@@ -182,6 +182,39 @@ def test_a_lost_agent_that_commits_fails_the_save_by_name_and_the_next_one_works
         ckpt.open(tmp_path / "run" / "step_1")
 
 
+def lose_an_agent_that_is_done(rank: int, world_size: int, folder: str) -> None:
+    saver = saver_on(rank, folder)
+    if rank == 0:
+        Path(folder, "hold-a").touch()
+    dist.barrier()
+    pending = saver.save(state_of(rank, 1), f"{folder}/run/step_1")
+    pending.captured(30)
+    pids = agent_pids(saver)
+    if rank == 0:
+        until(lambda: "still being written: 0 on node a, 1 on node a" in too_early(pending), "node b to have written")
+        os.kill(pids["b"], signal.SIGKILL)
+        until(lambda: not saver.agent.alive(), "the leading agent to notice")
+        Path(folder, "hold-a").unlink()
+        pending.wait(30)
+    dist.barrier()
+    # also where the agent is gone that could have told
+    assert pending.wait(30).path == f"{folder}/run/step_1"
+    saver.save(state_of(rank, 2), f"{folder}/run/step_2").wait(30)
+    saver.close()
+
+
+def too_early(pending: PendingSave) -> str:
+    with pytest.raises(SaveFailedError) as caught:
+        pending.wait(0.05)
+    return str(caught.value)
+
+
+def test_an_agent_that_is_lost_after_it_has_written_harms_nothing(tmp_path: Path) -> None:
+    run_ranks(lose_an_agent_that_is_done, 4, str(tmp_path))
+    for step in (1, 2):
+        assert_saved(tmp_path / "run" / f"step_{step}", 4, step)
+
+
 def lose_a_rank(rank: int, world_size: int, folder: str) -> str:
     saver = saver_on(rank, folder)
     saver.save(state_of(rank, 0), f"{folder}/run/step_0").wait(30)

@@ -53,6 +53,28 @@ def test_every_phase_of_every_rank_is_told_by_trainers_and_agent(tmp_path: Path)
         assert open_at_the_end(trace(path)) == []
 
 
+def save_and_listen(rank: int, world_size: int, folder: str) -> list[str]:
+    os.environ["CKPT_EVENTS"] = f"jsonl:{folder}/lines"
+    told: list[Event] = []
+    with add_sink(told.append):
+        ckpt.async_save({"w": torch.zeros(1000)}, f"{folder}/step_1").wait(30)
+        torch.distributed.barrier()
+    assert_matched(told)
+    return [f"{type(event).__name__} {event.operation}" for event in told if event.operation == "save"]
+
+
+def test_a_sink_of_rank_0_hears_what_the_agent_did_when_the_save_is_over(tmp_path: Path) -> None:
+    first, second = run_ranks(save_and_listen, 2, str(tmp_path))
+    assert first[0] == "OperationStarted save"
+    assert first[-1] == "OperationEnded save"
+    assert first.count("PhaseEnded save") == 3
+    # of the others none: they would hear the same
+    assert second == []
+    # nor are the sinks of the environment told twice
+    ends = [line for line in json_lines(tmp_path / "lines") if line["event"] == "operation_ended"]
+    assert sorted(line["operation"] for line in ends) == ["capture", "capture", "save"]
+
+
 class _Full(Files):
     """A file system on which nothing more fits."""
 

@@ -193,6 +193,38 @@ def test_a_lost_disk_is_made_up_for_by_another_level(tmp_path: Path) -> None:
     assert saved(tmp_path / "far") == [3, 6, 7, 9]
 
 
+def on_two_nodes(rank: int, world_size: int, folder: str, steps: int) -> tuple[int, str | None, int]:
+    os.environ["CKPT_NODE"] = "ab"[rank * 2 // world_size]
+    state: dict[str, object] = {
+        "w": ckpt.Shard(torch.full((10,), float(rank)), (10 * world_size,), (10 * rank,)),
+        "n": 0,
+    }
+    tiers = [ckpt.Disk(f"{folder}/{{node}}/run", every=1, keep=2), ckpt.Disk(f"{folder}/far", every=2)]
+    with ckpt.Checkpointer(f"{folder}/run", state, tiers=tiers) as loop:
+        first = loop.step
+        assert state["n"] == first
+        for step in loop.steps(steps):
+            state["n"] = step
+    return first, loop.resumed, loop.step
+
+
+def test_nodes_with_disks_of_their_own_go_on_from_them_and_from_elsewhere_when_one_is_lost(tmp_path: Path) -> None:
+    run_ranks(on_two_nodes, 4, str(tmp_path), 5)
+    for node in "ab":
+        # each prunes its own
+        assert sorted(os.listdir(tmp_path / node / "run")) == ["step_00000004", "step_00000005"]
+    assert saved(tmp_path / "far") == [2, 4, 5]
+    results = run_ranks(on_two_nodes, 4, str(tmp_path), 7)
+    assert results == [(5, f"{tmp_path}/{{node}}/run/step_00000005", 7)] * 4
+    shutil.rmtree(tmp_path / "b")
+    shutil.rmtree(tmp_path / "far" / "step_00000007")
+    # step 7 is lost with the node; so are its files of step 6, which lies elsewhere too
+    results = run_ranks(on_two_nodes, 4, str(tmp_path), 8)
+    assert results == [(6, f"{tmp_path}/far/step_00000006", 8)] * 4
+    assert sorted(os.listdir(tmp_path / "b" / "run")) == ["step_00000007", "step_00000008"]
+    assert {"step_00000007", "step_00000008"} <= set(os.listdir(tmp_path / "a" / "run"))
+
+
 def test_levels_that_can_not_be_understood_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     assert read_levels(tmp_path) is None
     for text in ("{", "[]", '{"format": "ckpt-levels", "version": 9, "levels": []}', json.dumps({"format": 3})):

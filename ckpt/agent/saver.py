@@ -64,7 +64,8 @@ class PendingSave:
         attempt: the id of the attempt.
         handed: set when this rank's part was handed to the agent, or given up.
         phases: seconds of this rank in each phase of the call.
-        blocked: seconds for which the call that began it did not return.
+        blocked: seconds for which the call that began it did not return, and for which an optimizer had to wait for the
+            rest of the capture.
         trusted: whether somebody has waited until it was captured, and may have changed the state since.
     """
 
@@ -287,10 +288,12 @@ class AsyncSaver:
 
     def settle(self) -> None:
         """Wait until nothing of this process is still being copied, so that its tensors may be changed in any way."""
-        for work, _, operation in self._captures:
+        for work, pending, operation in self._captures:
             if not work.copied:
+                begin = time.perf_counter()
                 with operation.waiting("the lazy capture"):
                     work.wait(SLOT_TIMEOUT)
+                pending.blocked += time.perf_counter() - begin
         self._captures = []
 
     @property

@@ -40,6 +40,7 @@ class Agents:
         told: where it writes the spots that it comes to.
         reads: whether reading calls are watched, too.
         homes: a file that gets the folder of each agent, a line for each.
+        watch: what watches them instead of all this; for None, and without a root, nothing does.
     """
 
     root: str
@@ -47,6 +48,7 @@ class Agents:
     told: str | None = None
     reads: bool = False
     homes: str | None = None
+    watch: Watch | None = None
     running: list[_Forked] = field(default_factory=list)
 
     def install(self) -> None:
@@ -88,15 +90,20 @@ class Agents:
         for module in (writing, server):
             if hasattr(module, "BUFFER"):
                 module.BUFFER = WINDOW
+        if self.root:
+            watch = self.watch or self._faulty()
+            watch_process(watch, reads=self.reads)
+            watch_channels(watch)
+        sys.argv = list(command)
+        import_module(command[0]).main()
+
+    def _faulty(self) -> Watch:
         watch = Watch(*self.faults[:1], root=self.root)
         watch.second = self.faults[1] if len(self.faults) > 1 else None
         if self.told is not None:
             trace = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             watch.tell = lambda spot: _tell(trace, spot)
-        watch_process(watch, reads=self.reads)
-        watch_channels(watch)
-        sys.argv = list(command)
-        import_module(command[0]).main()
+        return watch
 
 
 def _tell(trace: int, spot: Spot) -> None:

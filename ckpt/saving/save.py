@@ -40,6 +40,7 @@ from ckpt_formats.geometry import Box
 from ckpt_formats.manifest import BLOB_PREFIX, rank_blob
 from ckpt_formats.native import names
 from ckpt_formats.native.node_folders import NODE
+from ckpt_formats.remote import folder_of
 from ckpt_formats.safetensors_file import FileLayout
 from ckpt_formats.values import encode
 
@@ -172,7 +173,7 @@ class Attempt:
         """`nodes` has the name of each rank's node, where they are known."""
         self._saver = saver
         self._group = group
-        self.given = os.path.abspath(os.fspath(path))
+        self.given = folder_of(path)
         self._nodes = nodes
         self.node_local = NODE in self.given
         if self.node_local and not nodes:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import secrets
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
+from ckpt_formats import remote
 from ckpt_formats.errors import StoreError
 from ckpt_formats.native import names
 from ckpt_formats.remote import PAUSES_S, Store, normal, response
@@ -26,6 +28,8 @@ PART = 8 << 20
 """Bytes of a part of an upload, unless there would be more than MAX_PARTS of them."""
 MAX_PARTS = 9_000
 """S3 takes 10,000."""
+SLOWEST = 64 << 10
+"""Bytes per second that a link must manage."""
 CONTENTS = "anyckpt-contents"
 """The key of an object's metadata that says what its bytes are."""
 _SOON_S = (0.2, 0.5)
@@ -33,8 +37,18 @@ _SOON_S = (0.2, 0.5)
 
 log = logging.getLogger("ckpt.store")
 
-_exclusive: dict[str, bool] = {}
-"""By bucket: whether its store honours conditional puts."""
+_PROBE = b"anyckpt tries whether this store is fit for checkpoints"
+
+
+class _Traits(NamedTuple):
+    exclusive: bool
+    """It honours conditional puts."""
+    md5: bool
+    """The entity tag that it gives to what it was sent is the MD5 of the bytes that arrived."""
+
+
+_known: dict[str, _Traits] = {}
+"""By bucket."""
 
 
 class ObjectStore(Store):
@@ -55,55 +69,67 @@ class ObjectStore(Store):
         """
         soon = ObjectStore(self.url, _SOON_S)
         probe = os.path.join(self.url, names.temporary("probe", secrets.token_hex(8)))
-        soon.put(probe, b"first")
         try:
-            if soon.read(probe) != b"first":
-                raise StoreError(
-                    f"{self.url}: what was written there can't be read again; use another store", path=probe
-                )
+            exclusive = soon._try(probe).exclusive
+            if soon.read(probe) != _PROBE:
+                why = f"{self.url}: what was written there can't be read again; use another store"
+                raise StoreError(why, path=probe)
             if not any(entry.name == os.path.basename(probe) for entry in soon.ls(self.url)):
                 raise StoreError(f"{self.url}: what was written there is not listed; use another store", path=probe)
-            return soon._probe(probe)
-        finally:
-            soon.remove(probe)
+        except BaseException:
+            with contextlib.suppress(StoreError):
+                soon.remove(probe)
+            raise
+        soon.remove(probe)
+        return exclusive
 
     @property
     def exclusive(self) -> bool:
         """Whether the store honours conditional puts; tried once per bucket and process."""
-        known = _exclusive.get(self._bucket)
+        return self._traits().exclusive
+
+    def _traits(self) -> _Traits:
+        known = _known.get(self._bucket)
         if known is None:
             probe = os.path.join(self.url, names.temporary("probe", secrets.token_hex(8)))
-            self.put(probe, b"first")
             try:
-                known = self._probe(probe)
+                known = self._try(probe)
             finally:
-                self.remove(probe)
+                with contextlib.suppress(StoreError):
+                    self.remove(probe)
         return known
 
-    def _probe(self, probe: str) -> bool:
-        """Whether a conditional put of what is there already is refused."""
+    def _try(self, probe: str) -> _Traits:
+        """Find out about the store with an object, which is left there."""
+        answer = self.attempt(probe, lambda: self._pipe(probe, _PROBE, {}))
+        md5 = isinstance(answer, dict) and _tag(answer) == _md5(_PROBE)
         try:
-            self.attempt(probe, lambda: self._create(probe, b"second"))
-            honoured = False
+            self.attempt(probe, lambda: self._pipe(probe, _PROBE, {"mode": "create"}))
+            exclusive = False
         except FileExistsError:
-            honoured = True
-        except (NotImplementedError, StoreError, TypeError):
-            honoured = False  # it does not know the condition
-        if not honoured and _exclusive.get(self._bucket) is not False:
+            exclusive = True
+        except (NotImplementedError, TypeError):
+            exclusive = False
+        except StoreError as error:
+            if response(error.__cause__)[0] not in (400, 405, 501):
+                raise
+            exclusive = False  # it does not know the condition
+        known = _known.get(self._bucket)
+        if not exclusive and (known is None or known.exclusive):
             log.warning(
                 "%s: the store does not honour conditional puts (If-None-Match), so a commit looks first whether "
                 "another checkpoint is there; no two jobs may save to the same place at the same time",
                 self._bucket,
             )
-        _exclusive[self._bucket] = honoured
-        return honoured
+        _known[self._bucket] = known = _Traits(exclusive, md5)
+        return known
 
     @property
     def _bucket(self) -> str:
         return "/".join(self.url.split("/")[:3])
 
     def put(self, url: str, data: bytes) -> None:  # with a checksum, where the store takes one
-        self.attempt(url, lambda: self._pipe(url, data))
+        self.attempt(url, lambda: self._require_arrived(url, data, self._pipe(url, data, {})))
 
     def create(self, url: str, data: bytes) -> bool:
         """Have a new object with these bytes; False if another one is there, which stays. The commit of a checkpoint.
@@ -118,9 +144,13 @@ class ObjectStore(Store):
                 there = self._content(url)
             return there == data
         try:
-            self.attempt(url, lambda: self._create(url, data))
+            answer = self.attempt(url, lambda: self._pipe(url, data, {"mode": "create"}))
         except FileExistsError:
             return self._content(url) == data
+        try:
+            self._require_arrived(url, data, answer)
+        except OSError:
+            self.put(url, data)  # the name is ours
         return True
 
     def _content(self, url: str) -> bytes | None:
@@ -129,19 +159,35 @@ class ObjectStore(Store):
         except FileNotFoundError:
             return None
 
-    def _create(self, url: str, data: bytes) -> None:
+    def _pipe(self, url: str, data: bytes, options: dict[str, Any]) -> Any:
+        """One attempt to have a small object. Returns the store's answer. Raises FileExistsError if told to create."""
+        if self.s3:
+            # one put, however large: its checksum is then of all bytes
+            options = options | {"chunksize": 5 << 30, "ChecksumCRC32": checksum(data)}
+        limit = max(remote.REQUEST_TIMEOUT_S, len(data) / SLOWEST)
         try:
-            self._pipe(url, data, mode="create")
+            return self.do("pipe_file", self.key(url), data, limit=limit, **options)
         except OSError as error:
             if response(error)[0] == 412:
                 raise FileExistsError(url) from error
             raise
 
-    def _pipe(self, url: str, data: bytes, **options: Any) -> None:
-        if self.s3:
-            # one put, however large: its checksum is then of all bytes
-            options |= {"chunksize": 5 << 30, "ChecksumCRC32": checksum(data)}
-        self.system.pipe_file(self.key(url), data, **options)
+    def _require_arrived(self, url: str, data: bytes, answer: Any) -> None:
+        """Raise OSError if the store says that it got other bytes: not all look at the checksum that they get."""
+        if self._traits().md5 and isinstance(answer, dict) and _tag(answer) not in ("", _md5(data)):
+            raise OSError(errno.EIO, "the bytes were damaged on their way to the store", url)
+
+    def send(self, url: str, operation: str, data: bytes, **parameters: Any) -> dict[str, Any]:
+        """An operation of S3 that sends bytes, with retries, until they have arrived."""
+        limit = max(remote.REQUEST_TIMEOUT_S, len(data) / SLOWEST)
+        crc = checksum(data)
+
+        def call() -> dict[str, Any]:
+            answer = self.do("call_s3", operation, limit=limit, Body=data, ChecksumCRC32=crc, **parameters)
+            self._require_arrived(url, data, answer)
+            return dict(answer)
+
+        return self.attempt(url, call)
 
     def upload(self, url: str, size: int, contents: str) -> Upload:
         """Begin to write a large object, or go on with it.
@@ -190,7 +236,7 @@ class ObjectStore(Store):
 
     def call(self, url: str, operation: str, **parameters: Any) -> dict[str, Any]:
         """An operation of S3, with retries."""
-        answer: dict[str, Any] = self.attempt(url, lambda: self.system.call_s3(operation, **parameters))
+        answer: dict[str, Any] = self.attempt(url, lambda: self.do("call_s3", operation, **parameters))
         return answer
 
 
@@ -299,18 +345,15 @@ class _S3Upload(Upload):
             marker = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
     def send(self, number: int, data: bytes) -> bool:
-        crc = checksum(data)
         if self.size <= self.part:
-            metadata = {CONTENTS: self._contents}
-            about = self._about | {"Metadata": metadata, "ChecksumCRC32": crc}
-            self._store.call(self.url, "put_object", **about, Body=data)
+            self._store.send(self.url, "put_object", data, **self._about, Metadata={CONTENTS: self._contents})
             return True
         there = self._there.get(number + 1)
-        if there is not None and _is(there, data, crc):
+        if there is not None and _is(there, data):
             self._sent[number + 1] = there
             return False
         about = self._about | {"UploadId": self._id, "PartNumber": number + 1}
-        self._sent[number + 1] = self._store.call(self.url, "upload_part", **about, Body=data, ChecksumCRC32=crc)
+        self._sent[number + 1] = self._store.send(self.url, "upload_part", data, **about)
         return True
 
     def finish(self) -> None:
@@ -335,10 +378,16 @@ def checksum(data: bytes) -> str:
     return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode("ascii")
 
 
-def _is(part: dict[str, Any], data: bytes, crc: str) -> bool:
+def _is(part: dict[str, Any], data: bytes) -> bool:
     """Whether a part that the store has is this one."""
-    if part.get("Size") != len(data):
-        return False
-    if part.get("ChecksumCRC32") is not None:
-        return bool(part["ChecksumCRC32"] == crc)
-    return bool(str(part.get("ETag", "")).strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest())
+    return bool(part.get("Size") == len(data)) and (
+        _tag(part) == _md5(data) or (part.get("ChecksumCRC32") is not None and part["ChecksumCRC32"] == checksum(data))
+    )
+
+
+def _tag(answer: dict[str, Any]) -> str:
+    return str(answer.get("ETag") or "").strip('"')
+
+
+def _md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()

@@ -511,6 +511,8 @@ class _Upload(_Copy):
             for path, size, segments in checks:
                 self._bring_up(uploading, path, size, list(segments))
             uploading.wait()
+            self.copied -= uploading.found
+            self.verified += uploading.found
             if part:
                 return
             self._require_all()

@@ -8,6 +8,7 @@ checkpoints; what comes here was verified.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -30,15 +31,21 @@ WAITING = 2
 
 
 class Uploading:
-    """A checkpoint on its way to a URL. Use it in a `with` block, whose end waits for what is being sent."""
+    """A checkpoint on its way to a URL. Use it in a `with` block, whose end waits for what is being sent.
+
+    Attributes:
+        found: bytes of parts that were there already, when `wait` has returned.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._store = ObjectStore(url)
         self._stack = ExitStack()
+        self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}
         self._there: dict[str, int] = {}
         self._sending: deque[Future[object]] = deque()
+        self.found = 0
 
     def __enter__(self) -> Self:
         self._stack.enter_context(busy(self._url))
@@ -97,9 +104,14 @@ class Uploading:
 
     def _finish(self, upload: Upload, sent: list[Future[object]]) -> None:
         try:
-            for future in sent:
-                future.result()
+            needed = [future.result() for future in sent]
             upload.finish()
+            with self._lock:
+                self.found += sum(
+                    min(upload.part, upload.size - number * upload.part)
+                    for number, was_needed in enumerate(needed)
+                    if not was_needed
+                )
         except FileNotFoundError as error:
             # somebody else who brings the same file was faster, or gave it up
             if not upload.is_there():

@@ -33,6 +33,9 @@ class LocationMap:
 
     `places(page)` gives alternatives for a whole page at once, the preferred first, because chunks are many: a table of
     objects per chunk would cost more than reading them.
+
+    Attributes:
+        far: reads from some of its sources wait for answers over a network: few and large ones, many at once, are best.
     """
 
     def __init__(
@@ -40,10 +43,13 @@ class LocationMap:
         sources: Sequence[ByteSource],
         codecs: Sequence[str],
         places: Callable[[int], Sequence[Places]],
+        *,
+        far: bool = False,
     ) -> None:
         self.sources = list(sources)
         self.codecs = list(codecs)
         self._places = places
+        self.far = far
 
     def places(self, page: int) -> Sequence[Places]:
         """Alternative places for the chunks of a page, in order of preference."""

@@ -44,6 +44,8 @@ DIRECT = 256 << 10
 staging buffer, many at a time."""
 SMALL = 16 << 10
 """Pieces smaller than this on average are read by one thread."""
+FAR_THREADS = 16
+"""Threads that read from far (LocationMap.far), where they wait for answers."""
 OVERREAD = 20
 """Ranges are read together with what lies between them as long as that is at most one byte in so many."""
 
@@ -111,7 +113,7 @@ class Reader:
 
         Args:
             requests: what is wanted; boxes must lie within their tensors.
-            threads: how many to read with; default one per CPU, at most 4.
+            threads: how many to read with; default one per CPU, at most 4. From far it is FAR_THREADS.
 
         Raises:
             MissingTensorError, CoverageError, CorruptionError, UnknownCodecError: as their names say. Arrays may have
@@ -131,10 +133,11 @@ class Reader:
         stats.bytes_read = sum(max(map(_stop, task)) - task[0].start for task in tasks)
         work = stats.bytes_read + sum(piece.stop - piece.start for piece in encoded)
         tasks += [[piece] for piece in encoded]
-        count = min(threads or min(4, os.cpu_count() or 1), len(tasks))
+        far = self._locations.far
+        count = min(FAR_THREADS if far else threads or min(4, os.cpu_count() or 1), len(tasks))
         stagings = [_Staging()]
         # threads that handle many small pieces would only wait for each other's interpreter lock
-        if count <= 1 or work < max(SPAN, SMALL * (len(direct) + len(staged) + len(encoded))):
+        if count <= 1 or (not far and work < max(SPAN, SMALL * (len(direct) + len(staged) + len(encoded)))):
             for task in tasks:
                 self._run(task, stagings[0])
         else:
@@ -335,11 +338,11 @@ class Reader:
     def _run_direct(self, piece: _Piece) -> None:
         view = _bytes_of(piece.into)
         source = self._locations.sources[piece.source]
-        block_size = self._manifest.block_size
+        # read and verified block by block: the block is in the cache when it is hashed
+        step = self._manifest.block_size if not self._locations.far else len(view)
         try:
-            for at in range(0, piece.stop - piece.start, block_size):
-                data = view[at : at + block_size]
-                # read and verified block by block: the block is in the cache when it is hashed
+            for at in range(0, piece.stop - piece.start, step):
+                data = view[at : at + step]
                 source.read(piece.start + at, piece.start + at + len(data), data)
                 self._verify(piece, data, piece.source, at)
         except CorruptionError:

@@ -29,6 +29,10 @@ PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 """Seconds between attempts of one request, each give or take a half."""
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 30
+REQUEST_TIMEOUT_S = 120.0
+"""Seconds that an operation of one request may take; it moves a few MiB at most."""
+LIST_TIMEOUT_S = 600.0
+"""Seconds that a listing may take, which is a request per thousand objects."""
 CONNECTIONS = 32
 """Most connections to one S3 endpoint."""
 FIRST = 8 << 20
@@ -173,9 +177,23 @@ class Store:
                 time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 - only spreads those who wait
         raise AssertionError("the last attempt returns or raises")
 
+    def do(self, name: str, *arguments: Any, limit: float | None = None, **options: Any) -> Any:
+        """An operation of fsspec's file system, such as "ls", which takes no more than `limit` seconds (by default
+        REQUEST_TIMEOUT_S) where that can be said.
+
+        Some libraries wait without limit for a server that takes no request's body.
+        """
+        system = self.system
+        if not getattr(system, "async_impl", False):
+            return getattr(system, name)(*arguments, **options)
+        from fsspec.asyn import sync
+
+        timeout = REQUEST_TIMEOUT_S if limit is None else limit
+        return sync(system.loop, getattr(system, f"_{name}"), *arguments, timeout=timeout, **options)
+
     def size(self, url: str) -> int:
         """Bytes of an object. Raises FileNotFoundError if there is none."""
-        info = self.attempt(url, lambda: self.system.info(self.key(url)))
+        info = self.attempt(url, lambda: self.do("info", self.key(url)))
         if info.get("type") == "directory":
             raise FileNotFoundError(errno.ENOENT, "it is a folder", url)
         return int(info["size"])
@@ -185,7 +203,7 @@ class Store:
 
         def call() -> bytes:
             try:
-                return bytes(self.system.cat_file(self.key(url), start=start, end=stop))
+                return bytes(self.do("cat_file", self.key(url), start=start, end=stop))
             except Exception as error:
                 if response(error)[0] == 416:
                     return b""  # the object ends before the range begins
@@ -209,7 +227,7 @@ class Store:
         key = self.key(url)
 
         def call() -> Any:
-            return self.system.ls(key, detail=True)
+            return self.do("ls", key, detail=True, limit=LIST_TIMEOUT_S)
 
         return _entries(key, self.attempt(url, call))
 
@@ -218,7 +236,7 @@ class Store:
         key = self.key(url)
 
         def call() -> Any:
-            return list(self.system.find(key, detail=True).values())
+            return list(self.do("find", key, detail=True, limit=LIST_TIMEOUT_S).values())
 
         try:
             found = self.attempt(url, call)
@@ -228,12 +246,12 @@ class Store:
 
     def put(self, url: str, data: bytes) -> None:
         """Have a small object, in place of one that is there; atomic where the store is one of objects."""
-        self.attempt(url, lambda: self.system.pipe_file(self.key(url), data))
+        self.attempt(url, lambda: self.do("pipe_file", self.key(url), data))
 
     def remove(self, url: str) -> None:
         """Remove an object, if it is there."""
         with contextlib.suppress(FileNotFoundError):
-            self.attempt(url, lambda: self.system.rm_file(self.key(url)))
+            self.attempt(url, lambda: self.do("rm_file", self.key(url)))
 
 
 class RemoteFile:
@@ -296,6 +314,8 @@ def _make(url: str, scheme: str, options: Mapping[str, Any]) -> Any:
                 "read_timeout": READ_TIMEOUT_S,
                 "max_pool_connections": CONNECTIONS,
                 "retries": {"mode": "standard", "total_max_attempts": 1},
+                # what is read is verified by whoever reads it, and some stores answer with checksums of former bytes
+                "response_checksum_validation": "when_required",
                 **settings.get("config_kwargs", {}),
             }
         system = fsspec.filesystem(scheme, **settings)
@@ -358,7 +378,7 @@ def _final(error: Exception, url: str) -> StoreError | None:
             f"{url}: the store denies access ({code or _brief(error)}); check the credentials, and that they may read, "
             "write, list and delete there"
         )
-    elif status is not None and 300 <= status < 500 and status not in _AGAIN:
+    elif status is not None and (300 <= status < 500 or status == 501) and status not in _AGAIN:
         why = f"{url}: the store refuses the request ({code}: {message}); check the URL, region and endpoint"
     elif kind & {"ParamValidationError", "NoRegionError", "InvalidRegionError"} or isinstance(error, ValueError):
         why = f"{url}: the URL, or the configuration of the store, is wrong ({_brief(error)})"

@@ -60,7 +60,7 @@ def rclone(folder: Path) -> Iterator[int]:
     port = free_port()
     program = shutil.which("rclone", path=os.path.dirname(sys.executable))
     assert program is not None
-    (folder / "objects" / "bucket").mkdir(parents=True)
+    (folder / "objects" / "shelf").mkdir(parents=True)
     command = [program, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
     command += ["--config", str(folder / "rclone.conf"), "--vfs-cache-mode", "off", str(folder / "objects")]
     with _serving(command, port, folder / "rclone.log"):

@@ -19,12 +19,13 @@ from ckpt_formats.native import index, names
 from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.node_folders import NodeFolders, missing_text, root_folder
 from ckpt_formats.native.root import MAX_SIZE, Root, decode
-from ckpt_formats.remote import Store, is_url
+from ckpt_formats.remote import Store, is_url, tidy
 from ckpt_formats.sources import ByteSource, open_source, read_small
 
 
 def is_native(path: str) -> bool:
     """Whether a committed native checkpoint lies at the path or URL. Raises StoreError."""
+    path = tidy(path)
     file = os.path.join(path, names.MANIFEST)
     if is_url(path):
         try:
@@ -142,7 +143,7 @@ def open_native(
         return missing_text(where.missing(file.path for file in root.files))
 
     sources = [_SizedSource(open_source(where.find(file.path)), file.size, lost) for file in root.files]
-    return manifest, LocationMap(sources, root.codecs, places), root
+    return manifest, LocationMap(sources, root.codecs, places, far=is_url(path)), root
 
 
 class _SizedSource:

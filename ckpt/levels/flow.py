@@ -96,7 +96,10 @@ class Flow(Aftermath):
         self._pruning: str | None = None
         """Why the first level could not be pruned."""
         self._since: float | None = None
+        self._released = False
+        """Whether the lock was given back."""
         self._over = False
+        """Whether another job looks after the levels now."""
         if claim is not None and not self._node_local:
             self._start()
 
@@ -127,9 +130,9 @@ class Flow(Aftermath):
         if self._since is None:
             # everything that was captured is written: the next job may have the run, and finds it
             self._since = now
-            if self._claim is not None:
-                with contextlib.suppress(OSError):
-                    os.close(self._claim)
+            if self._claim is not None and not self._released:
+                self._released = True
+                os.close(self._claim)
         with self._condition:
             behind = [name for name, done in self._done.items() if done < self._wakes]
         if not behind or self._over:

@@ -206,10 +206,11 @@ class Checkpointer:
             RankError: another rank died.
         """
         for step in range(self.step + 1, total + 1):
+            if self.stopped is not None:
+                return  # a loop before this one ended early
             yield step
             self.step = step
-            if self._after(step, last=step == total):
-                return
+            self._after(step, last=step == total)
 
     def save(self) -> None:
         """Save at the end of this step, whatever is due. Every rank calls it."""
@@ -225,8 +226,8 @@ class Checkpointer:
         """
         self._metrics.update({name: float(value) for name, value in metrics.items()})
 
-    def _after(self, step: int, *, last: bool) -> bool:
-        """The end of a step. Returns whether it is the last."""
+    def _after(self, step: int, *, last: bool) -> None:
+        """The end of a step."""
         flags = self._agreement.read(self._flags())
         told, failed, *due = flags
         if told and not last:
@@ -250,7 +251,6 @@ class Checkpointer:
         self._metrics.clear()
         if not last:
             self._agreement.announce(self._flags())
-        return last
 
     def _flags(self) -> list[int]:
         """What this rank would have all ranks know: that it was told to stop, that a save failed, which levels are due

@@ -39,6 +39,7 @@ class Interruption:
         self.told = 0
         self._signals = signals
         self._notice = notice
+        self._pid = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         self._over = threading.Event()
         self._watching: threading.Thread | None = None
@@ -69,6 +70,10 @@ class Interruption:
             self._watching.join(POLL_S)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            # a process that was forked, such as a loader's worker: for it the signal means what it always did
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.told = self.told or number
 
     def _watch(self) -> None:

@@ -123,6 +123,31 @@ def test_a_signal_saves_a_last_time_and_ends_the_loop(number: signal.Signals, tm
     assert signal.getsignal(number) is before
 
 
+def test_a_process_that_was_forked_in_the_loop_dies_of_the_signal_as_ever(tmp_path: Path) -> None:
+    training = Training()
+    with ckpt.Checkpointer(tmp_path, training.state, every=100) as loop:
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert list(loop.steps(3)) == [1, 2, 3]
+    assert loop.stopped is None
+
+
+def test_steps_go_on_in_a_second_loop_unless_the_first_was_told_to_stop(tmp_path: Path) -> None:
+    training = Training()
+    with ckpt.Checkpointer(tmp_path, training.state, every=2) as loop:
+        assert list(loop.steps(3)) == [1, 2, 3]
+        for step in loop.steps(9):
+            if step == 5:
+                loop.stop()
+        assert loop.step == 5
+        assert list(loop.steps(9)) == []
+    assert saved(tmp_path) == [2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("kind", ["file", "function"])
 def test_a_notice_of_preemption_saves_a_last_time_and_ends_the_loop(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -239,9 +239,20 @@ class _Load:
     def read(self) -> None:
         """Read everything that this rank holds into its live memory."""
         manifest = self.checkpoint.manifest
-        tensors, aliases = manifest.tensors, manifest.aliases
-        in_place: list[Request] = []
         bounced: list[tuple[LocalTensor, Box, torch.Tensor]] = []
+        # each is planned while its tensor is in the CPU's cache
+        self._add(self.checkpoint.read(self._in_place(bounced), threads=_threads()))
+        for local, box, view in bounced:
+            dtype = manifest.meta(local.name).dtype
+            for part in _bounded(box, dtype.itemsize):
+                array = np.empty(part.sizes, dtype=dtype.carrier)
+                self._add(self.checkpoint.read([Request(local.name, part, array)]))
+                with torch.no_grad():
+                    view[part.relative_to(box.offsets).slices()].copy_(from_carrier(array, torch_dtype(dtype.name)))
+
+    def _in_place(self, bounced: list[tuple[LocalTensor, Box, torch.Tensor]]) -> Iterator[Request]:
+        """What can be read straight into live memory; the rest goes to `bounced`."""
+        tensors, aliases = self.checkpoint.manifest.tensors, self.checkpoint.manifest.aliases
         for local in self.target.tensors.values():
             name = local.name
             meta = tensors.get(name) or tensors.get(aliases.get(name, name))
@@ -251,18 +262,9 @@ class _Load:
             for piece in local.pieces:
                 view = piece.view
                 if same and view.is_cpu and not (view.is_conj() or view.is_neg()):
-                    in_place.append(Request(name, piece.box, as_carrier(view)))
+                    yield Request(name, piece.box, as_carrier(view))
                 else:
                     bounced.append((local, piece.box, view))
-        stats = self.checkpoint.read(in_place, threads=_threads())
-        self._add(stats)
-        for local, box, view in bounced:
-            dtype = manifest.meta(local.name).dtype
-            for part in _bounded(box, dtype.itemsize):
-                array = np.empty(part.sizes, dtype=dtype.carrier)
-                self._add(self.checkpoint.read([Request(local.name, part, array)]))
-                with torch.no_grad():
-                    view[part.relative_to(box.offsets).slices()].copy_(from_carrier(array, torch_dtype(dtype.name)))
 
     def _add(self, stats: ReadStats) -> None:
         self.stats.bytes_read += stats.bytes_read

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import Any, Self
@@ -200,7 +200,7 @@ class Checkpoint:
             )
         return self.blob(reference)
 
-    def read(self, requests: list[Request], *, threads: int | None = None) -> ReadStats:
+    def read(self, requests: Iterable[Request], *, threads: int | None = None) -> ReadStats:
         """Fill many arrays at once; see reading.Reader.read."""
         return self.reader.read(requests, threads=threads)
 

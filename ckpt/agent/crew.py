@@ -45,6 +45,11 @@ class Crew:
         """` on node b`, when there are several and it is known."""
         return f" on node {self.nodes[rank]}" if rank < len(self.nodes) and len(set(self.nodes)) > 1 else ""
 
+    def ended(self, ranks: Iterable[int]) -> str:
+        """`ranks 2, 3 on node b ended`."""
+        where = sorted({self.where(rank) for rank in ranks})
+        return f"{ranks_text(ranks)}{','.join(where)} ended"
+
 
 def ranks_text(ranks: Iterable[int]) -> str:
     """`rank 3`, or `ranks 0 to 3, 6`."""

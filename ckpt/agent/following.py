@@ -31,6 +31,8 @@ from ckpt_formats.native.reader import read_root
 
 ANSWER = 120.0
 """Seconds within which the leading agent has to answer; longer than it waits for rank 0 to begin a save."""
+LOSE = 10.0
+"""Seconds within which it is found out what the loss of the leading agent means for a save."""
 
 log = logging.getLogger("ckpt.agent")
 
@@ -266,14 +268,16 @@ class Follower:
                 if left <= 0:
                     break
                 self._changed.wait(left)
-            status: Message = {
-                key: getattr(save, key) for key in ("captured", "committed", "error", "kind", "bytes", "seconds")
-            }
-            over = save.over or bool(status[until])
-        if not over and timeout:
+            if save.over or not timeout or (until == "captured" and save.captured):
+                return self._status(save)
+        try:
             # who is waited for is known to the one that waits
             return dict(self._ask({"op": "status", "save": attempt})["status"])
-        return {**status, "waits_for": [], "writes": []}
+        except RankError:
+            # it is gone; what that means for the save is being found out
+            with self._changed:
+                self._changed.wait_for(lambda: save.over, LOSE)
+                return self._status(save)
 
     def busy(self) -> bool:
         """See Committer."""
@@ -284,6 +288,10 @@ class Follower:
         """See Committer."""
         self._requests.close()
         self._news.close()
+
+    def _status(self, save: Save) -> Message:
+        known = ("captured", "committed", "error", "kind", "bytes", "seconds")
+        return {**{key: getattr(save, key) for key in known}, "waits_for": [], "writes": []}
 
     def _known(self, attempt: str) -> Save:
         save = self._saves.get(attempt)

@@ -18,7 +18,7 @@ MEMORY = "/dev/shm"  # noqa: S108 - folders of our own are made in it, which onl
 """Where homes lie; the temporary folder where there is no such file system."""
 _LOCK = "lock"
 _YOUNG = 60.0
-"""Seconds for which a home without a lock is left alone: it is being made."""
+"""Seconds for which one that has not got its name yet is left alone: it is being made."""
 
 
 class Home(NamedTuple):
@@ -36,25 +36,29 @@ def make_home() -> Home:
         for entry in os.scandir(shared):
             if entry.name.startswith(prefix):
                 _remove_if_left(entry.path)
-    path = tempfile.mkdtemp(prefix=prefix, dir=shared)
-    lock = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            elif entry.name.startswith(f".{prefix}"):
+                _remove_if_old(entry.path)
+    new = tempfile.mkdtemp(prefix=f".{prefix}", dir=shared)
+    lock = os.open(os.path.join(new, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # under the name by which others find it, it is locked from the first moment
+    path = os.path.join(shared, os.path.basename(new)[1:])
+    os.rename(new, path)
     return Home(path, lock)
 
 
 def _remove_if_left(path: str) -> None:
     with contextlib.suppress(OSError):
-        if os.stat(path).st_uid != os.getuid():
-            return
-        try:
-            lock = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            if time.time() - os.stat(path).st_mtime > _YOUNG:
-                shutil.rmtree(path, ignore_errors=True)
-            return
+        lock = os.open(os.path.join(path, _LOCK), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             # raises while its agent lives
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+def _remove_if_old(path: str) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - os.stat(path).st_mtime > _YOUNG:
+            shutil.rmtree(path, ignore_errors=True)

@@ -233,7 +233,7 @@ class Leader:
                 del self._saves[attempt]
             gone, lost = sorted(self._gone), sorted(self._lost)
             refused = self._refused.pop(save.attempt, None)
-        why = f"the agent of node {', '.join(lost)} is gone" if lost else f"{ranks_text(gone)} ended" if gone else ""
+        why = f"the agent of node {', '.join(lost)} is gone" if lost else self._crew.ended(gone) if gone else ""
         if why:
             self._fail(save, f"{save.folder.path}: {why} before the save began; nothing was committed", "RankError")
             raise RankError(str(save.error), path=save.folder.path)
@@ -320,8 +320,13 @@ class Leader:
         """See Committer."""
         if self._listener is not None:
             self._listener.close()
-        for news in list(self._news.values()):
-            news.close()
+        everyone = list(self._news.values())
+        for news in everyone:
+            news.end()
+        deadline = time.monotonic() + peers.SILENCE
+        for news in everyone:
+            # until what was told is acknowledged, or the other end is lost
+            news.join(max(0.0, deadline - time.monotonic()))
 
     # work
 

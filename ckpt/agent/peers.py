@@ -184,10 +184,13 @@ class News:
         self._queue.put((message, future))
         return future
 
-    def close(self) -> None:
-        """Say no more, and let the other end know; waits until what was told before is acknowledged, or lost."""
+    def end(self) -> None:
+        """Say no more after what was told before, and close the connection; does not wait for that."""
         self._queue.put(None)
-        self._thread.join(SILENCE)
+
+    def join(self, timeout: float) -> None:
+        """Wait until the end, for at most so many seconds."""
+        self._thread.join(timeout)
 
     def _run(self) -> None:
         error: RankError | None = None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import threading
 from pathlib import Path
 
 import torch
 
 from ckpt.agent import client
+from ckpt.agent.homes import make_home
 from ckpt.agent.saver import AsyncSaver
 from tests.agent.test_async_save import until
 
@@ -36,3 +39,25 @@ def test_what_a_killed_agent_left_in_memory_is_removed_when_the_next_one_starts(
     living.close()
     killed.close()
     until(lambda: not any(map(os.path.exists, homes)), "the agents to end")
+
+
+def test_homes_that_are_made_at_the_same_time_leave_each_other_alone() -> None:
+    made = []
+
+    def make() -> None:
+        made.extend(make_home() for _ in range(50))
+
+    makers = [threading.Thread(target=make) for _ in range(4)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert len(made) == 200
+    assert all(os.path.isdir(home.path) for home in made)
+    for home in made:
+        os.close(home.lock)
+    # nobody lives there any more
+    last = make_home()
+    assert not any(os.path.isdir(home.path) for home in made)
+    os.close(last.lock)
+    shutil.rmtree(last.path)

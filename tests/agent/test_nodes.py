@@ -170,16 +170,23 @@ def test_an_agent_that_is_lost_fails_the_save_by_name_and_the_next_one_works(
     until(lambda: sorted(os.listdir(tmp_path / "run")) == ["step_0", "step_2"], "what failed to be removed")
 
 
-def test_a_lost_agent_that_commits_fails_the_save_by_name_and_the_next_one_works(tmp_path: Path) -> None:
-    texts = run_ranks(lose_an_agent, 4, str(tmp_path), "a", signal.SIGKILL)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_agent_that_commits_fails_the_save_by_name_and_the_next_one_works(
+    how: signal.Signals, tmp_path: Path
+) -> None:
+    texts = run_ranks(lose_an_agent, 4, str(tmp_path), "a", how)
     for rank in (0, 1):
         assert f"the agent of node a, which rank {rank} saves through" in texts[rank]
     for rank in (2, 3):
         assert "the agent of node a (ranks 0, 1), which commits, is gone" in texts[rank]
     assert_saved(tmp_path / "run" / "step_0", 4, 0)
     assert_saved(tmp_path / "run" / "step_2", 4, 2)
-    with pytest.raises(CheckpointNotFoundError):
-        ckpt.open(tmp_path / "run" / "step_1")
+    try:
+        assert_saved(tmp_path / "run" / "step_1", 4, 1)
+        # one that was only frozen goes on where it was, and commits what everybody had captured; nothing is half done
+        assert how == signal.SIGSTOP
+    except CheckpointNotFoundError:
+        pass
 
 
 def lose_an_agent_that_is_done(rank: int, world_size: int, folder: str) -> None:
@@ -226,7 +233,7 @@ def lose_a_rank(rank: int, world_size: int, folder: str) -> str:
 def test_a_rank_that_dies_before_its_capture_is_named_with_its_node(tmp_path: Path) -> None:
     texts = run_ranks(lose_a_rank, 4, str(tmp_path), allow_death=True)
     assert isinstance(texts.pop(), Killed)
-    assert all("rank 3 on node b ended before its part of the save was captured" in text for text in texts)
+    assert all("rank 3 on node b ended before" in text for text in texts)
     until(lambda: os.listdir(tmp_path / "run") == ["step_0"], "what failed to be removed")
 
 
@@ -271,6 +278,26 @@ def time_out(rank: int, world_size: int, folder: str) -> None:
 def test_a_wait_that_is_too_short_names_the_ranks_waited_for_and_harms_nothing(tmp_path: Path) -> None:
     run_ranks(time_out, 4, str(tmp_path))
     assert_saved(tmp_path / "run" / "step_1", 4, 1)
+
+
+def start_on_a_broken_node(rank: int, world_size: int, folder: str) -> None:
+    saver = saver_on(rank, folder)
+    if rank == 2:
+
+        def fails() -> str:
+            raise SaveFailedError("there is no room for an agent here")
+
+        saver = AsyncSaver(launcher=fails)
+    with pytest.raises(SaveFailedError, match="no room for an agent"):
+        saver.save(state_of(rank, 1), f"{folder}/run/step_1")
+    # nothing is half joined: the next one starts from the beginning
+    saver_on(rank, folder).save(state_of(rank, 2), f"{folder}/run/step_2").wait(30)
+
+
+def test_a_node_where_no_agent_starts_fails_the_save_everywhere_and_leaves_no_other_agent(tmp_path: Path) -> None:
+    run_ranks(start_on_a_broken_node, 4, str(tmp_path))
+    assert_agents_end(tmp_path)
+    assert os.listdir(tmp_path / "run") == ["step_2"]
 
 
 def bad_name(rank: int, world_size: int, folder: str) -> None:

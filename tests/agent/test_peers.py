@@ -45,6 +45,16 @@ def test_who_knows_the_secret_is_let_in(caplog: pytest.LogCaptureFixture) -> Non
     assert caplog.text == ""
 
 
+def test_a_node_is_reached_at_one_of_the_addresses_that_it_says() -> None:
+    secret = secrets.token_bytes(32)
+    leading = Leader(Crew("a", CREW), Files(), Aftermath())
+    try:
+        port = leading.listen(secret, loopback=False)
+        follow(peers.Address("a", peers.own_hosts(), port), secret).close()
+    finally:
+        leading.close()
+
+
 def test_who_does_not_know_the_secret_is_refused_and_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
     secret = secrets.token_bytes(32)
     with leader(secret) as address:

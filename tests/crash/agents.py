@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ckpt.agent import server, writing
+from ckpt.agent import client, following, leading, peers, server, writing
 from tests.crash.operations import Fault, Spot, Watch
 from tests.crash.runs import WINDOW
 from tests.crash.syscalls import unwatch, watch_channels, watch_process
@@ -67,8 +67,13 @@ class Agents:
         setattr(subprocess, "Popen", popen)  # noqa: B010
 
     def ended(self, seconds: float = 30.0) -> None:
-        """Wait until all of them have ended."""
+        """Wait until all of them have ended; those that are frozen are ended now."""
         for forked in self.running:
+            if (
+                forked.poll() is None
+                and Path(f"/proc/{forked.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+            ):
+                forked.kill()
             forked.wait(seconds)
         self.running.clear()
 
@@ -104,6 +109,21 @@ class Agents:
             trace = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             watch.tell = lambda spot: _tell(trace, spot)
         return watch
+
+
+def short_waits() -> None:
+    """Have this process, and agents that it forks, wait for each other for seconds where they would for minutes."""
+    waits = {
+        client: {"ANSWER": 2.0, "ASKED_EVERY": 0.5, "SILENCE": 2.0},
+        following: {"ANSWER": 4.0, "LOSE": 1.0},
+        leading: {"BEGIN": 3.0, "PUBLISH": 3.0},
+        peers: {"PING": 0.3, "SILENCE": 2.0, "HANDSHAKE": 2.0},
+    }
+    for module, constants in waits.items():
+        for name, seconds in constants.items():
+            assert hasattr(module, name), f"{module.__name__} has no {name} any more"
+            setattr(module, name, seconds)
+    client.AgentClient._ask.__defaults__ = (client.ANSWER,)
 
 
 def _tell(trace: int, spot: Spot) -> None:
@@ -150,6 +170,11 @@ class _Forked:
                 if pid:
                     self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
+
+    def frozen(self) -> bool:
+        """Whether it is stopped by a signal."""
+        stat = Path(f"/proc/{self.pid}/stat")
+        return self.poll() is None and stat.read_text().rpartition(")")[2].split()[0] == "T"
 
     def wait(self, timeout: float | None = None) -> int:
         deadline = None if timeout is None else time.monotonic() + timeout

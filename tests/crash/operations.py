@@ -38,6 +38,10 @@ class Spot(NamedTuple):
         return f"{self.kind} {self.name}" + (f" ({self.nth + 1})" if self.nth else "")
 
 
+FROZEN = -1
+"""Stands in the place of an errno for a process that is stopped, and never goes on: nobody answers, nobody hangs up."""
+
+
 class Fault(NamedTuple):
     """What happens to operation `point`: the one of that number, counted from 0, or the one at that spot."""
 
@@ -45,12 +49,17 @@ class Fault(NamedTuple):
     when: str
     """`before` the operation, `after` it, or `half`way through it, which only writes and messages can be."""
     error: int | None
-    """The errno of the OSError that it ends in; None for a kill -9; 0 for no error at all: it was not done, or half,
-    and nobody is told.
+    """The errno of the OSError that it ends in; None for a kill -9, FROZEN for a process that stops there; 0 for no
+    error at all: it was not done, or half, and nobody is told.
     """
 
+    @property
+    def survived(self) -> bool:
+        """Whether the process lives on."""
+        return self.error is not None and self.error >= 0
+
     def __str__(self) -> str:
-        what = "killed" if self.error is None else os.strerror(self.error) if self.error else "lost"
+        what = {None: "killed", FROZEN: "frozen", 0: "lost"}.get(self.error) or os.strerror(self.error or 0)
         return f"{what} {self.when} operation {self.point}"
 
 
@@ -103,9 +112,9 @@ class Watch:
             done = half()
         elif fault.when == "after":
             done = act()
-        if fault.error is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if fault.error:
+        if not fault.survived:
+            os.kill(os.getpid(), signal.SIGSTOP if fault.error == FROZEN else signal.SIGKILL)
+        elif fault.error:
             raise OSError(fault.error, os.strerror(fault.error), path)
         return done
 

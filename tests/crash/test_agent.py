@@ -22,9 +22,9 @@ from ckpt.agent import main
 from ckpt.agent.aftermath import Committed
 from ckpt.agent.saver import AsyncSaver
 from ckpt_formats.errors import CheckpointError
-from tests.crash.agents import Agents, spots
+from tests.crash.agents import Agents, short_waits, spots
 from tests.crash.cycle import NEW, RUN, after_save, begin, end, judge, restore
-from tests.crash.operations import Fault, Spot
+from tests.crash.operations import FROZEN, Fault, Spot
 from tests.crash.runs import debris, loads, quick_folder, saver, state
 from tests.ranks import run_ranks
 
@@ -84,6 +84,13 @@ def failing(trace: Sequence[Spot]) -> Iterator[Fault]:
             yield Fault(spot, "half", 0)
 
 
+def freezing(trace: Sequence[Spot]) -> Iterator[Fault]:
+    """The agent stops before each message, and never goes on; and in a write, which is what a hung disk does."""
+    for spot in trace:
+        if spot.kind in ("send", "receive", "create", "link"):
+            yield Fault(spot, "before", FROZEN)
+
+
 def some_pairs(trace: Sequence[Spot]) -> Iterator[list[Fault]]:
     """Two of these, the first of which the agent outlives, by chance."""
     dice = random.Random(0)
@@ -123,7 +130,7 @@ class _Trials:
         self.agents.faults = []
         self.outcomes: list[Outcome] = of_all(first)
         absent = of_all(debris(new) if not (new / "manifest.json").exists() else [])[0]
-        if faults and faults[-1].error is not None:
+        if faults and faults[-1].survived:
             assert not absent, (faults, absent)
         self._next(faults)
         self.by.close()
@@ -159,9 +166,15 @@ class _Trials:
             assert whole or all(told), (faults, self.outcomes)
             assert whole or not any(outcome.committed for outcome in self.outcomes), (faults, self.outcomes)
             (fault, *more) = faults
-            if not whole and not more and fault.error and fault.point.kind not in ("send", "receive"):  # type: ignore[union-attr]
+            if (
+                not whole
+                and not more
+                and fault.error
+                and fault.survived
+                and fault.point.kind not in ("send", "receive")
+            ):  # type: ignore[union-attr]
                 assert all(os.strerror(fault.error) in text for text in told), (fault, told)
-            self.counts.update(["points", f"{'failed' if faults[-1].error is not None else 'killed'}, then {got}"])
+            self.counts.update(["points", f"{'failed' if faults[-1].survived else 'killed'}, then {got}"])
         of_all(None)
         end(self.folder, saver(), self.rank, self.world_size)
         of_all(None)
@@ -195,6 +208,8 @@ def _each(
     """
     if nodes:
         os.environ["CKPT_NODE"] = f"node{rank}"
+    if faults_of is freezing:
+        short_waits()
     trials = _Trials(rank, world_size, Path(place), victim)
     for some in list(faults_of(trials.trace))[every // 2 :: every]:
         faults = some if isinstance(some, list) else [some]
@@ -241,6 +256,22 @@ def test_agent_of_one_of_two_nodes_killed_at_any_point(tmp_path: Path, victim: i
 def test_agent_of_one_of_two_nodes_in_which_any_operation_fails(tmp_path: Path, victim: int, every: int) -> None:
     counts = _tried(tmp_path, f"operations of the agent of node {victim} failed", failing, every, True, victim)
     assert counts["points"] * every > 50
+
+
+@pytest.mark.parametrize(
+    ("nodes", "victim", "every"),
+    [
+        pytest.param(False, 0, 45, id="one node, some"),
+        pytest.param(False, 0, 1, id="one node", marks=long),
+        pytest.param(True, 0, 1, id="node 0", marks=long),
+        pytest.param(True, 1, 1, id="node 1", marks=long),
+    ],
+)
+def test_agent_frozen_at_any_message_is_given_up_within_a_limit(
+    tmp_path: Path, nodes: bool, victim: int, every: int
+) -> None:
+    counts = _tried(tmp_path, "agent frozen", freezing, every, nodes, victim)
+    assert counts["points"] * every > 20
 
 
 @pytest.mark.soak

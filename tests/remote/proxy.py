@@ -24,7 +24,7 @@ class Proxy:
 
     Attributes:
         port: where it listens.
-        fault: of (method, path), gives one of KINDS, "damage", or None; called for each request.
+        fault: of (method, path), gives one of KINDS, "damage", "403", or None; called for each request.
         done: kinds of faults -> how often; "none" for requests that nothing was done to.
         sent: bytes of request bodies that the server got.
         delay: seconds before each request is passed on.
@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
             return
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if kind in ("500", "503"):
+        if kind in ("403", "500", "503"):
             self._error(int(kind))
         elif kind == "reset":
             self._reset()
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _error(self, status: int) -> None:
-        code = "InternalError" if status == 500 else "SlowDown"
+        code = {403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}[status]
         body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
         self._answer(status, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else body)
 

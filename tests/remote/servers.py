@@ -48,9 +48,11 @@ def _serving(command: list[str], port: int, log: Path, env: dict[str, str] | Non
 
 @contextmanager
 def moto(folder: Path) -> Iterator[int]:
-    """moto's S3, which checks signatures' keys against nothing, and honours conditional puts. Gives its port."""
+    """moto's S3, which accepts any credentials, and honours conditional puts. Gives its port."""
     port = free_port()
-    with _serving([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, folder / "moto.log"):
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    # parts as small as tests want them
+    with _serving(command, port, folder / "moto.log", {"S3_UPLOAD_PART_MIN_SIZE": "4096"}):
         yield port
 
 

@@ -25,7 +25,7 @@ from typing import Literal, Self
 from ckpt.agent.saver import AsyncSaver, CaptureMode
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.levels.every import EveryLike, seconds
-from ckpt.levels.main import launcher
+from ckpt.levels.launching import launcher
 from ckpt.levels.note import ENTRY, Note
 from ckpt.levels.policies import Policy
 from ckpt.levels.tiers import Disk, Level, Remote, settle

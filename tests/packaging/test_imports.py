@@ -19,8 +19,9 @@ def test_import_ckpt_imports_no_extra() -> None:
     assert not loaded & IMPORT_CKPT_NEVER_IMPORTS
 
 
-def test_the_agent_is_small() -> None:
-    loaded = modules_after("import ckpt.agent.main", _run)
+@pytest.mark.parametrize("program", ["ckpt.agent.main", "ckpt.levels.main"])
+def test_the_agent_is_small(program: str) -> None:
+    loaded = modules_after(f"import {program}", _run)
     assert "ckpt" in loaded
     assert not loaded & (IMPORT_CKPT_NEVER_IMPORTS | {"torch"})
 

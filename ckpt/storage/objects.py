@@ -17,10 +17,9 @@ import secrets
 import zlib
 from typing import Any, NamedTuple
 
-from ckpt_formats import remote
 from ckpt_formats.errors import StoreError
 from ckpt_formats.native import names
-from ckpt_formats.remote import PAUSES_S, Store, normal, response
+from ckpt_formats.remote import PAUSES_S, REQUEST_TIMEOUT_S, Store, normal, response
 
 __all__ = ["PART", "ObjectStore", "Upload"]
 
@@ -34,6 +33,8 @@ CONTENTS = "anyckpt-contents"
 """The key of an object's metadata that says what its bytes are."""
 _SOON_S = (0.2, 0.5)
 """Pauses between attempts of `check`, whose caller waits for it."""
+_SOON_LIMIT_S = 15.0
+"""Seconds that each of them may take."""
 
 log = logging.getLogger("ckpt.store")
 
@@ -54,8 +55,13 @@ _known: dict[str, _Traits] = {}
 class ObjectStore(Store):
     """A store that is written to; what Store says of errors holds here too."""
 
-    def __init__(self, url: str | os.PathLike[str], pauses: tuple[float, ...] = PAUSES_S) -> None:
-        super().__init__(normal(url), pauses)
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        pauses: tuple[float, ...] = PAUSES_S,
+        limit: float = REQUEST_TIMEOUT_S,
+    ) -> None:
+        super().__init__(normal(url), pauses, limit)
         self.s3 = self.scheme in ("s3", "s3a")
 
     def check(self) -> bool:
@@ -67,7 +73,7 @@ class ObjectStore(Store):
             StoreError: the bucket is missing, the credentials are wrong or missing or allow too little, or the
                 endpoint can't be reached. Found out within seconds, or a minute when the endpoint is silent.
         """
-        soon = ObjectStore(self.url, _SOON_S)
+        soon = ObjectStore(self.url, _SOON_S, _SOON_LIMIT_S)
         probe = os.path.join(self.url, names.temporary("probe", secrets.token_hex(8)))
         try:
             exclusive = soon._try(probe).exclusive
@@ -164,7 +170,7 @@ class ObjectStore(Store):
         if self.s3:
             # one put, however large: its checksum is then of all bytes
             options = options | {"chunksize": 5 << 30, "ChecksumCRC32": checksum(data)}
-        limit = max(remote.REQUEST_TIMEOUT_S, len(data) / SLOWEST)
+        limit = max(self.limit, len(data) / SLOWEST)
         try:
             return self.do("pipe_file", self.key(url), data, limit=limit, **options)
         except OSError as error:
@@ -179,7 +185,7 @@ class ObjectStore(Store):
 
     def send(self, url: str, operation: str, data: bytes, **parameters: Any) -> dict[str, Any]:
         """An operation of S3 that sends bytes, with retries, until they have arrived."""
-        limit = max(remote.REQUEST_TIMEOUT_S, len(data) / SLOWEST)
+        limit = max(self.limit, len(data) / SLOWEST)
         crc = checksum(data)
 
         def call() -> dict[str, Any]:

@@ -125,12 +125,14 @@ class Store:
         url: the URL that it was made for.
         scheme: of that URL.
         pauses: see PAUSES_S; fewer for whoever wants to know soon.
+        limit: see REQUEST_TIMEOUT_S.
     """
 
-    def __init__(self, url: str, pauses: tuple[float, ...] = PAUSES_S) -> None:
+    def __init__(self, url: str, pauses: tuple[float, ...] = PAUSES_S, limit: float = REQUEST_TIMEOUT_S) -> None:
         self.url = normal(url)
         self.scheme = self.url.partition("://")[0]
         self.pauses = pauses
+        self.limit = limit
 
     @property
     def system(self) -> Any:
@@ -179,7 +181,7 @@ class Store:
 
     def do(self, name: str, *arguments: Any, limit: float | None = None, **options: Any) -> Any:
         """An operation of fsspec's file system, such as "ls", which takes no more than `limit` seconds (by default
-        REQUEST_TIMEOUT_S) where that can be said.
+        the store's) where that can be said.
 
         Some libraries wait without limit for a server that takes no request's body.
         """
@@ -188,7 +190,7 @@ class Store:
             return getattr(system, name)(*arguments, **options)
         from fsspec.asyn import sync
 
-        timeout = REQUEST_TIMEOUT_S if limit is None else limit
+        timeout = self.limit if limit is None else limit
         return sync(system.loop, getattr(system, f"_{name}"), *arguments, timeout=timeout, **options)
 
     def size(self, url: str) -> int:

@@ -7,12 +7,25 @@ from collections.abc import Callable
 
 # Optional or foreign: a user who has them pays for them when they are used, not at `import ckpt`.
 IMPORT_CKPT_NEVER_IMPORTS = frozenset(
-    {"accelerate", "boto3", "deepspeed", "lightning", "matplotlib", "megatron", "pandas", "ray", "rich", "s3fs"}
+    {
+        "accelerate",
+        "aiobotocore",
+        "boto3",
+        "botocore",
+        "deepspeed",
+        "lightning",
+        "matplotlib",
+        "megatron",
+        "pandas",
+        "ray",
+        "rich",
+        "s3fs",
+    }
     | {"safetensors", "torchtitan", "transformers"}
 )
 USE_CKPT = "import ckpt; [getattr(ckpt, name) for name in ckpt.__all__]"
 """The front door imports what is behind a name when it is used first."""
-FORMATS_NEVER_IMPORT = IMPORT_CKPT_NEVER_IMPORTS | {"ckpt", "ckpt_cli", "torch"}
+FORMATS_NEVER_IMPORT = IMPORT_CKPT_NEVER_IMPORTS | {"ckpt", "ckpt_cli", "fsspec", "torch"}
 
 
 def modules_after(statement: str, run: Callable[..., str]) -> set[str]:

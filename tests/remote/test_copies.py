@@ -102,7 +102,7 @@ def test_an_upload_goes_on_with_the_parts_that_are_there(s3: str, proxy: Proxy, 
 
 def _impatiently(source: Path, target: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ObjectStore.__init__, "__defaults__", ((0.01,),))
+        patch.setattr(ObjectStore.__init__, "__defaults__", ((0.01,), 60.0))
         copy(source, target)
 
 
@@ -192,7 +192,7 @@ def test_a_store_that_is_down_says_nothing_of_the_checkpoint(s3: str, proxy: Pro
     copy(saved / "step_1", f"{s3}/step_1")
     proxy.fault = lambda _, path: "503" if "data/" in path else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ckpt_formats.remote.Store.__init__.__defaults__", ((0.01,),))
+        patch.setattr("ckpt_formats.remote.Store.__init__.__defaults__", ((0.01,), 60.0))
         with pytest.raises(StoreError, match="does not answer as it should"):
             verify(f"{s3}/step_1")
         with pytest.raises(StoreError, match="does not answer as it should"), ckpt.open(f"{s3}/step_1") as checkpoint:

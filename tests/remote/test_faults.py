@@ -32,8 +32,8 @@ from tests.remote.proxy import KINDS, Proxy
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses, and parts as small as the server allows."""
-    monkeypatch.setattr(Store.__init__, "__defaults__", ((0.002, 0.005, 0.01),))
-    monkeypatch.setattr(ObjectStore.__init__, "__defaults__", ((0.002, 0.005, 0.01),))
+    monkeypatch.setattr(Store.__init__, "__defaults__", ((0.002, 0.005, 0.01), 60.0))
+    monkeypatch.setattr(ObjectStore.__init__, "__defaults__", ((0.002, 0.005, 0.01), 60.0))
     monkeypatch.setattr(objects, "PART", 1 << 15)
     monkeypatch.setattr(module, "SLOW_S", 0.02)
 

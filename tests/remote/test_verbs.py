@@ -78,7 +78,7 @@ def test_what_is_not_there_is_one_sentence(run: str) -> None:
 
 def test_a_store_that_fails_is_no_damage(s3: str, proxy: Proxy, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy_run(saved, s3)
-    monkeypatch.setattr("ckpt_formats.remote.Store.__init__.__defaults__", ((0.01,),))
+    monkeypatch.setattr("ckpt_formats.remote.Store.__init__.__defaults__", ((0.01,), 60.0))
     proxy.fault = lambda _, path: "500" if "data/" in path else None
     result = here("verify", f"{s3}/step_1")
     assert result.exit_code == 2

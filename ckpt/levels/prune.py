@@ -23,6 +23,7 @@ from ckpt_formats.facts import Facts, read_facts
 from ckpt_formats.leases import LEASE_S, is_lease
 from ckpt_formats.locks import alone
 from ckpt_formats.native import names
+from ckpt_formats.native.node_folders import NODE, folders_of
 from ckpt_formats.native.reader import read_root
 from ckpt_formats.native.root import Root
 from ckpt_formats.remote import Entry, is_url, normal
@@ -93,7 +94,8 @@ def prune(
     can't be read, one that a link in the run's folder leads to, or one that somebody holds (ckpt_formats.locks).
 
     Args:
-        run: the folder that holds the checkpoints, or its URL in a store.
+        run: the folder that holds the checkpoints, or its URL in a store; with `{node}` in it, the folders of all nodes
+            that can be reached.
         keep: what to keep, such as LatestN(3) or 3; None removes debris only.
         dry_run: only tell.
         grace: seconds, see GRACE_S.
@@ -110,9 +112,25 @@ def prune(
         raise CheckpointNotFoundError(
             f"{folder} is a checkpoint itself; name the folder of the run that holds it", path=folder
         )
+    if NODE in folder:
+        each = [prune(one, keep, dry_run=dry_run, grace=grace, files=files) for one in folders_of(folder)]
+        return _together(folder, each)
     if is_url(folder):
         return _StorePrune(folder, found, dry_run, grace).run(keep)
     return _FolderPrune(folder, found, dry_run, grace, files or Files()).run(keep)
+
+
+def _together(run: str, reports: Sequence[PruneReport]) -> PruneReport:
+    """What was done on the disks of several nodes."""
+    return PruneReport(
+        path=run,
+        dry_run=any(report.dry_run for report in reports),
+        kept=[item for report in reports for item in report.kept],
+        removed=[item for report in reports for item in report.removed],
+        debris=[item for report in reports for item in report.debris],
+        recent=[item for report in reports for item in report.recent],
+        failed=[item for report in reports for item in report.failed],
+    )
 
 
 class _Prune:

@@ -19,6 +19,8 @@ from ckpt_formats.errors import CheckpointError, SaveFailedError, StoreError
 from ckpt_formats.facts import Facts, encode, read_facts
 from ckpt_formats.locks import held
 from ckpt_formats.native import names
+from ckpt_formats.native.node_folders import NODE, folders_of, root_folder
+from ckpt_formats.native.reader import is_native
 from ckpt_formats.remote import is_url, normal
 
 PATIENCE_S = 10.0
@@ -48,6 +50,10 @@ def update_facts(
     folder = normal(path)
     if is_url(folder):
         return _update_in_store(folder, change)
+    if NODE in folder:
+        # beside each node's part, as far as they can be reached
+        all_of_them = [update_facts(each, change, files=files) for each in folders_of(folder) if is_native(each)]
+        return all_of_them[0] if all_of_them else update_facts(root_folder(folder), change, files=files)
     files = files or Files()
     try:
         # held: who prunes looks at the facts when nobody holds it, so a pin that was set is never overlooked

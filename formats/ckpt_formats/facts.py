@@ -15,6 +15,7 @@ from typing import Any
 from ckpt_formats.errors import CorruptionError, FactsError, FormatError, StoreError, UnknownVersionError
 from ckpt_formats.json_text import parse_json, to_json
 from ckpt_formats.native import names
+from ckpt_formats.native.node_folders import folders_of
 from ckpt_formats.remote import tidy
 from ckpt_formats.sealed import is_whole, seal
 from ckpt_formats.sources import read_small
@@ -140,7 +141,9 @@ def read_facts(path: str | os.PathLike[str]) -> Facts:
             checkpoint.
         StoreError: its store can't be read.
     """
-    file = os.path.join(tidy(path), names.FACTS)
+    # on node-local disks, those of any node that can be reached
+    files = [os.path.join(folder, names.FACTS) for folder in folders_of(tidy(path))]
+    file = next((each for each in files if len(files) > 1 and os.path.lexists(each)), next(iter(files), ""))
     try:
         data = read_small(file, MAX_SIZE)
     except (FileNotFoundError, NotADirectoryError):

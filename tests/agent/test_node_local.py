@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 import ckpt
+from ckpt.levels.prune import prune
+from ckpt.storage.facts import update_facts
 from ckpt.transfer.copy import copy, copy_part
 from ckpt_formats.errors import (
     CheckpointError,
@@ -21,6 +23,7 @@ from ckpt_formats.errors import (
     SaveFailedError,
     StateError,
 )
+from ckpt_formats.facts import read_facts
 from ckpt_formats.geometry import Box
 from ckpt_formats.reading import Request
 from ckpt_formats.runs import State, find_checkpoints
@@ -147,6 +150,23 @@ def test_one_node_alone_may_name_its_disk_so_too(tmp_path: Path, monkeypatch: py
 def save_alone(rank: int, world_size: int, folder: str) -> None:
     os.environ["CKPT_NODE"] = "only"
     ckpt.async_save({"w": torch.arange(3)}, f"{folder}/{{node}}/step_1").wait(30)
+
+
+def test_facts_and_pruning_reach_every_disk(tmp_path: Path) -> None:
+    run_ranks(save_twice, 4, str(tmp_path))
+    everywhere = tmp_path / "{node}" / "run"
+    update_facts(everywhere / "step_1", lambda facts: facts.changed(tags=["good"]))
+    assert all(read_facts(path).tags for path in (everywhere / "step_1", *(tmp_path / n / "run/step_1" for n in "ab")))
+    assert prune(everywhere, 1).removed == []
+    update_facts(everywhere / "step_1", lambda facts: facts.changed(untag=["good"]))
+    assert len(prune(everywhere, 1).removed) == 2
+    for node in "ab":
+        assert os.listdir(tmp_path / node / "run") == ["step_2"]
+    # what a node sees when the others' disks are out of reach is as whole as it can be, and goes by the same rule
+    shutil.rmtree(tmp_path / "a")
+    (item,) = find_checkpoints(tmp_path / "b" / "run")
+    assert (item.state, item.elsewhere) == (State.PARTIAL, True)
+    assert [kept.why for kept in prune(tmp_path / "b" / "run", 1).kept] == ["newest"]
 
 
 # --- from node-local disks to what all nodes share

@@ -17,7 +17,7 @@ from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import ChunkRows, Manifest
 from ckpt_formats.native import index, names
 from ckpt_formats.native.index import IndexRows
-from ckpt_formats.native.node_folders import NodeFolders, missing_text, root_folder
+from ckpt_formats.native.node_folders import NodeFolders, folders_of, missing_text, root_folder
 from ckpt_formats.native.root import MAX_SIZE, Root, decode
 from ckpt_formats.remote import Store, is_url, tidy
 from ckpt_formats.sources import ByteSource, open_source, read_small
@@ -33,7 +33,7 @@ def is_native(path: str) -> bool:
         except FileNotFoundError:
             return False
         return True
-    return os.path.isfile(file)
+    return any(os.path.isfile(os.path.join(folder, names.MANIFEST)) for folder in folders_of(path))
 
 
 def read_root(path: str) -> Root:
@@ -44,6 +44,7 @@ def read_root(path: str) -> Root:
         CorruptionError, FormatError: its root is damaged or wrong.
         StoreError: its store can't be read.
     """
+    path = root_folder(path)
     file = os.path.join(path, names.MANIFEST)
     try:
         data = read_small(file, MAX_SIZE)

@@ -138,9 +138,14 @@ class Follower:
             save.committed = bool(outcome["committed"])
             save.bytes, save.seconds = int(outcome["bytes"]), float(outcome["seconds"])
             save.error, save.kind = error, kind
+            published = save.published
             self._changed.notify_all()
-        if save.published:
-            self._aftermath.committed(Committed(save.folder.path, save.step, save.attempt, leads=False))
+        if published:
+            self._follow_up(save)
+
+    def _follow_up(self, save: Save) -> None:
+        """It is committed, and this node's folder says so."""
+        self._aftermath.committed(Committed(save.folder.path, save.step, save.attempt, leads=False))
 
     def _publish(self, message: Message) -> None:
         """Keep a copy of the index and the root beside this node's files: the checkpoint is committed already."""
@@ -155,7 +160,11 @@ class Follower:
                     file.write(memoryview(data), 0)
                     file.sync()
             publish_encoded(self._files, save.folder, save.attempt, root)
-            save.published = True
+            with self._changed:
+                save.published = True
+                late = save.committed
+            if late:
+                self._follow_up(save)
         except (CheckpointError, OSError) as error:
             why = str(error)
         with contextlib.suppress(RankError):
@@ -246,7 +255,8 @@ class Follower:
 
     def failing(self, attempt: str) -> bool:
         """See Committer."""
-        return self._known(attempt).failing
+        save = self._saves.get(attempt)
+        return save is not None and save.failing
 
     def discard(self, attempt: str) -> None:
         """See Committer."""

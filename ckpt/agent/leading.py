@@ -280,7 +280,8 @@ class Leader:
 
     def failing(self, attempt: str) -> bool:
         """See Committer."""
-        return self._known(attempt).failing
+        save = self._saves.get(attempt)
+        return save is not None and save.failing
 
     def discard(self, attempt: str) -> None:
         """See Committer."""

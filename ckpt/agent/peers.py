@@ -55,8 +55,12 @@ def own_hosts() -> list[str]:
     """Addresses under which other nodes may reach this one, the likeliest first."""
     hosts: list[str] = []
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        for interface in os.environ.get(variable, "").lstrip("=^").split(","):
-            hosts += _address_of_interface(interface)
+        said = os.environ.get(variable, "")
+        # as NCCL reads it: beginnings of names, unless exact names follow a "=", or excluded ones a "^"
+        wanted = [] if said.startswith("^") else [name for name in said.lstrip("=").split(",") if name]
+        for _, interface in socket.if_nameindex():
+            if any(interface == name or (interface.startswith(name) and said[0] != "=") for name in wanted):
+                hosts += _address_of_interface(interface)
     # the address from which this machine reaches rank 0's, which is where most runs put their store
     master = os.environ.get("MASTER_ADDR")
     if master:

@@ -55,6 +55,15 @@ def test_a_node_is_reached_at_one_of_the_addresses_that_it_says() -> None:
         leading.close()
 
 
+@pytest.mark.parametrize(("said", "first"), [("lo", True), ("=lo", True), ("=l", False), ("^lo", False), ("", False)])
+def test_the_interface_that_the_training_uses_is_tried_first(
+    said: str, first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "host.invalid")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", said)
+    assert (peers.own_hosts()[0] == "127.0.0.1") == first
+
+
 def test_who_does_not_know_the_secret_is_refused_and_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
     secret = secrets.token_bytes(32)
     with leader(secret) as address:

@@ -153,6 +153,6 @@ def test_cycle_that_fails_or_dies_at_any_call_keeps_what_was_there_and_the_next_
 @pytest.mark.timeout(3600)
 def test_cycle_that_fails_or_dies_twice(tmp_path: Path) -> None:
     with quick_folder(tmp_path) as folder:
-        (counts,) = run_ranks(_by_pairs, 1, str(folder), 13, timeout=3500)
+        (counts,) = run_ranks(_by_pairs, 1, str(folder), 11, timeout=3500)
     print(f"save, commit, copy, prune, by pairs: {counts}")
     assert counts["pairs"] > 2000

@@ -1,13 +1,15 @@
 """The arena: shared memory in which a rank's state is captured, mapped by the trainer and by its agent.
 
 A file in a memory file system, allocated whole before it is used (a tmpfs that is full later kills by SIGBUS), and
-with its pages touched, so that the first capture is as fast as the tenth. Divided into slots; each holds one capture,
-laid out as the data file that it will become. A plain mmap: `multiprocessing.shared_memory` unlinks segments that are
-in use when an attached process is killed. Knows no checkpoints.
+with its pages touched, so that the first capture is as fast as the tenth. Captures lie in it one beside the other, each
+in a range of its own (a slot), laid out as the data files that it will become. A plain mmap:
+`multiprocessing.shared_memory` unlinks segments that are in use when an attached process is killed. Knows no
+checkpoints.
 """
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import os
 import threading
@@ -21,17 +23,16 @@ _FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 
 
 class Arena:
-    """The agent's side: the file, and which of its slots are free.
+    """The agent's side: the file, and which ranges of it are in use.
 
     Attributes:
         path: the file.
-        slot_bytes: size of a slot, a multiple of the page size.
+        size: its bytes, a multiple of the page size.
     """
 
-    def __init__(self, path: str, slot_bytes: int, slots: int) -> None:
+    def __init__(self, path: str, size: int) -> None:
         self.path = path
-        self.slot_bytes = -(-max(slot_bytes, 1) // PAGE) * PAGE
-        size = self.slot_bytes * slots
+        self.size = size = pages(size)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, size)
@@ -39,60 +40,77 @@ class Arena:
         except OSError as error:
             os.unlink(path)
             raise SaveFailedError(
-                f"there is no room for {slots} slots of {self.slot_bytes} bytes in {os.path.dirname(path)} "
-                f"({error.strerror}); save synchronously, or make the memory file system larger",
+                f"there is no room for {size} bytes of captures in {os.path.dirname(path)} ({error.strerror}); declare "
+                "less with memory=…, save synchronously, or make the memory file system larger",
                 path=path,
             ) from error
         finally:
             os.close(fd)
-        self._free = list(range(slots))
-        self._slots = slots
+        self._used: list[tuple[int, int]] = []
+        """Ranges (start, stop) in use, sorted."""
         self._changed = threading.Condition()
 
-    def acquire(self, timeout: float) -> int | None:
-        """Take a free slot, waiting for one for at most `timeout` seconds; None if none was given back in time."""
+    def acquire(self, nbytes: int, timeout: float) -> int | None:
+        """Take a range of free memory, waiting for one for at most `timeout` seconds.
+
+        Returns where it begins; None if there was none in time.
+        """
         with self._changed:
             deadline = time.monotonic() + timeout
-            while not self._free:
+            while (start := self._gap(pages(nbytes))) is None:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return None
                 self._changed.wait(left)
-            return self._free.pop()
+            bisect.insort(self._used, (start, start + pages(nbytes)))
+            return start
 
-    def release(self, slot: int) -> None:
-        """Give a slot back."""
+    def release(self, start: int) -> None:
+        """Give a range back."""
         with self._changed:
-            self._free.append(slot)
-            self._changed.notify()
+            self._used = [used for used in self._used if used[0] != start]
+            self._changed.notify_all()
 
     @property
     def idle(self) -> bool:
-        """Whether all slots are free."""
+        """Whether nothing is in use."""
         with self._changed:
-            return len(self._free) == self._slots
+            return not self._used
 
-    def view(self, slot: int) -> memoryview:
-        """The memory of a slot."""
-        return memoryview(self._map)[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+    def view(self, start: int, nbytes: int) -> memoryview:
+        """The memory of a range, up to the end of its last page."""
+        return memoryview(self._map)[start : start + pages(nbytes)]
 
     def remove(self) -> None:
         """Unlink the file; its memory is freed when the last process unmaps it."""
         os.unlink(self.path)
 
+    def _gap(self, nbytes: int) -> int | None:
+        """Where the first gap of so many bytes begins."""
+        at = 0
+        for start, stop in self._used:
+            if start - at >= nbytes:
+                return at
+            at = stop
+        return at if self.size - at >= nbytes else None
+
 
 class MappedArena:
     """The trainer's side: the same memory."""
 
-    def __init__(self, path: str, slot_bytes: int) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
-        self._slot_bytes = slot_bytes
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             self._map = mmap.mmap(fd, os.fstat(fd).st_size, flags=_FLAGS)
         finally:
             os.close(fd)
 
-    def view(self, slot: int) -> memoryview:
-        """The memory of a slot."""
-        return memoryview(self._map)[slot * self._slot_bytes : (slot + 1) * self._slot_bytes]
+    def view(self, start: int, nbytes: int) -> memoryview:
+        """The memory of a range, up to the end of its last page."""
+        return memoryview(self._map)[start : start + pages(nbytes)]
+
+
+def pages(nbytes: int) -> int:
+    """As many bytes, rounded up to whole pages; at least one."""
+    return -(-max(nbytes, 1) // PAGE) * PAGE

@@ -26,10 +26,10 @@ from ckpt.collective import Collective
 from ckpt.storage.publish import Folder
 from ckpt_formats.errors import ConfigurationError, SaveFailedError
 
-SLOTS = 3
-"""Captures of a rank that are kept at once: one is filled, one is written, one is spare."""
 START = 60.0
 """Seconds within which an agent has to start."""
+ALLOCATE = 300.0
+"""Seconds within which memory has to be made: a machine that has never used it may take its time."""
 ANSWER = 60.0
 """Seconds within which an agent has to answer what needs no waiting."""
 ASKED_EVERY = 10.0
@@ -47,8 +47,10 @@ class Slot(NamedTuple):
 
     arena: str
     """The arena's path."""
-    number: int
+    start: int
+    """Where in it the slot begins."""
     view: memoryview
+    """Up to the end of its last page."""
 
 
 class AgentClient:
@@ -135,15 +137,28 @@ class AgentClient:
         poll.register(self._watch.fileno(), select.POLLIN)
         return not poll.poll(0)
 
-    def slot(self, nbytes: int, timeout: float) -> Slot | None:
-        """A free slot of at least so many bytes; None if none is given back in time."""
-        message = {"op": "slot", "rank": self.rank, "bytes": nbytes, "slots": SLOTS, "timeout": timeout}
-        answer = self._ask(message, timeout + ANSWER)
+    def slot(self, nbytes: int, memory: int | None, timeout: float) -> Slot | None:
+        """Free memory for so many bytes; None if none is given back in time.
+
+        With `memory`, the arena is exactly so large, whatever is captured; else larger than what is asked for, and
+        another one when that grows.
+        """
+        message = {"op": "slot", "rank": self.rank, "bytes": nbytes, "memory": memory, "timeout": timeout}
+        answer = self._ask(message, timeout + ALLOCATE)
         if answer["slot"] is None:
             return None
-        if self._arena is None or self._arena.path != answer["arena"]:
-            self._arena = MappedArena(answer["arena"], answer["slot_bytes"])
-        return Slot(answer["arena"], answer["slot"], self._arena.view(answer["slot"]))
+        arena = self._mapped(answer["arena"])
+        return Slot(arena.path, answer["slot"], arena.view(answer["slot"], nbytes))
+
+    def reserve(self, nbytes: int, memory: int | None) -> None:
+        """Have the arena made, as large as `slot` with the same arguments would, so that that need not wait."""
+        message = {"op": "reserve", "rank": self.rank, "bytes": nbytes, "memory": memory}
+        self._mapped(self._ask(message, ALLOCATE)["arena"])
+
+    def _mapped(self, path: str) -> MappedArena:
+        if self._arena is None or self._arena.path != path:
+            self._arena = MappedArena(path)
+        return self._arena
 
     def begin(self, save: str, folder: Folder, world_size: int, contents: Message, *, node_local: bool = False) -> None:
         """Open a save; rank 0 does, before any rank captures. With `node_local`, each node has a folder of its own."""
@@ -159,15 +174,32 @@ class AgentClient:
             }
         )
 
-    def captured(self, save: str, slot: Slot, files: list[Any], path: str, step: int | None) -> None:
-        """Hand a filled slot to the agent, with what lies in it, for the checkpoint in folder `path`."""
+    def captured(
+        self,
+        save: str,
+        slot: Slot,
+        nbytes: int,
+        files: list[Any],
+        path: str,
+        step: int | None,
+        *,
+        more: bool = False,
+    ) -> None:
+        """Hand a filled slot to the agent, for the checkpoint in folder `path`.
+
+        Args:
+            nbytes: what lies in it.
+            files: the files that begin in it, with their chunks.
+            more: whether another slot will go on where this one ends; until then, the rank is not done.
+        """
         self._ask(
             {
-                "op": "captured",
+                "op": "piece" if more else "captured",
                 "rank": self.rank,
                 "save": save,
                 "arena": slot.arena,
-                "slot": slot.number,
+                "slot": slot.start,
+                "bytes": nbytes,
                 "files": files,
                 "path": path,
                 "step": step,
@@ -178,12 +210,12 @@ class AgentClient:
         """Say that this rank can't capture its part: the save fails."""
         message = {"op": "abandon", "rank": self.rank, "save": save, "why": str(error), "kind": type(error).__name__}
         if slot is not None:
-            message |= {"arena": slot.arena, "slot": slot.number}
+            message |= {"arena": slot.arena, "slot": slot.start}
         self._ask(message)
 
     def release(self, slot: Slot) -> None:
         """Give a slot back that was not filled."""
-        self._ask({"op": "release", "arena": slot.arena, "slot": slot.number})
+        self._ask({"op": "release", "arena": slot.arena, "slot": slot.start})
 
     def wait(self, save: str, until: str, timeout: float) -> Message:
         """What became of a save, when it is captured by all ranks or over, or the time is up.

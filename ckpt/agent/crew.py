@@ -70,6 +70,10 @@ class Committer(Protocol):
         """Rank 0 opens a save, before any rank captures for it. Raises RankError if it can't be committed."""
         ...
 
+    def expect(self, attempt: str, path: str, step: int | None) -> None:
+        """Something of a save is to be written on this node, to folder `path`. Raises RankError if nobody opened it."""
+        ...
+
     def captured(self, attempt: str, rank: int, path: str, step: int | None) -> None:
         """The rank's part lies in its slot: it is not needed any more. `path` is the folder of its node."""
         ...

@@ -199,7 +199,7 @@ class Follower:
         """See Committer."""
         raise RankError(f"{message['path']}: rank 0 is not on node {self._crew.node}")
 
-    def captured(self, attempt: str, rank: int, path: str, step: int | None) -> None:
+    def expect(self, attempt: str, path: str, step: int | None) -> None:
         """See Committer."""
         unmade = ""
         with self._changed:
@@ -207,7 +207,7 @@ class Follower:
             if save is None:
                 made: list[str] = []
                 ours = self._crew.ranks(self._crew.node)
-                save = self._saves[attempt] = Save(
+                self._saves[attempt] = Save(
                     attempt=attempt,
                     folder=Folder(path, made),
                     step=step,
@@ -223,6 +223,11 @@ class Follower:
                     unmade = f"{path}: can't be made on node {self._crew.node} ({error.strerror or error})"
         if unmade:
             self.failed(attempt, unmade, "SaveFailedError")
+
+    def captured(self, attempt: str, rank: int, path: str, step: int | None) -> None:
+        """See Committer."""
+        self.expect(attempt, path, step)
+        save = self._known(attempt)
         try:
             outcome = self._ask({"op": "captured", "save": attempt, "rank": rank})["outcome"]
         except RankError as error:

@@ -240,6 +240,10 @@ class Leader:
         if refused is not None:
             self._fail(save, *refused)
 
+    def expect(self, attempt: str, path: str, step: int | None) -> None:  # noqa: ARG002 - known
+        """See Committer."""
+        self._begun(attempt)
+
     def captured(self, attempt: str, rank: int, path: str = "", step: int | None = None) -> None:  # noqa: ARG002 - known
         """See Committer."""
         save = self._begun(attempt)

@@ -15,11 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from ckpt import collector
+from ckpt.agent.arena import PAGE
 from ckpt.agent.client import AgentClient, Launcher, Slot, launch
 from ckpt.agent.fence import Fence
 from ckpt.agent.outcomes import Outcomes
@@ -31,13 +33,14 @@ from ckpt.events import Operation
 from ckpt.events.log import seconds_text, size_text
 from ckpt.events.relay import relay
 from ckpt.provenance import provenance
-from ckpt.saving.capture import Capture, Laid
+from ckpt.saving.capture import Capture, Laid, fill
+from ckpt.saving.expecting import expected_bytes
 from ckpt.saving.recurring import NEW, ORIGIN, Greeting, Recurring, place_digest, signature, values_digest
 from ckpt.saving.save import PLANS, Attempt, Saver, SaveResult
 from ckpt.storage.compressing import Readable
 from ckpt.storage.publish import Folder, is_committed, prepare_folder
 from ckpt_formats.digest import DIGEST_SIZE
-from ckpt_formats.errors import CheckpointError, RankError, SaveFailedError
+from ckpt_formats.errors import CheckpointError, ConfigurationError, RankError, SaveFailedError
 from ckpt_formats.native import names
 from ckpt_formats.native.reader import read_root
 
@@ -45,6 +48,10 @@ SLOT_TIMEOUT = 600.0
 """Seconds that a save waits for an earlier one to be written before it fails."""
 LAST = 30.0
 """Seconds that rank 0 stays, at the end, to hear what became of the last saves."""
+LEAST = 1 << 20
+"""Bytes of the least memory for captures that can be declared."""
+PIECES = 4
+"""Into so many pieces memory is divided for a state that is larger: some are filled while others are written."""
 SAID = 1.0
 """Seconds of waiting after which it is said that a save waits."""
 
@@ -198,11 +205,24 @@ class AsyncSaver:
     writes what is left, and ends.
     """
 
-    def __init__(self, saver: Saver | None = None, *, launcher: Launcher = launch, follow: bool = True) -> None:
-        """`launcher` starts an agent on this node and returns its address. Without `follow`, what becomes of saves is
-        the caller's business: it is neither told nor raised at the next one.
+    def __init__(
+        self,
+        saver: Saver | None = None,
+        *,
+        launcher: Launcher = launch,
+        follow: bool = True,
+        memory: int | None = None,
+    ) -> None:
+        """Args:
+        launcher: starts an agent on this node and returns its address.
+        follow: without it, what becomes of saves is the caller's business: it is neither told nor raised at the next
+            one.
+        memory: bytes that this rank's captures may take; by default three times what it writes.
         """
         self._saver = saver or Saver()
+        self._memory: int | None = None
+        self.declare(memory)
+        self._told = False
         self._follow = follow
         self._launcher = launcher
         self._client: AgentClient | None = None
@@ -215,11 +235,35 @@ class AsyncSaver:
         self._captures: list[tuple[Capture, PendingSave, Operation]] = []
         self._fence = Fence(self.settle)
 
-    def start(self, group: Collective) -> AgentClient:
-        """Make sure that every node has an agent. Collective."""
+    def declare(self, memory: int | None) -> None:
+        """Declare how many bytes this rank's captures may take, from the next one on. Raises ConfigurationError."""
+        if memory is not None and memory < LEAST:
+            raise ConfigurationError(
+                f"memory={memory} is too little for captures, whose pieces are a few pages long; give {LEAST} or more"
+            )
+        self._memory = None if memory is None else memory // PAGE * PAGE
+
+    def start(self, group: Collective, state: Mapping[str, object] | None = None) -> AgentClient:
+        """Make sure that every node has an agent. Collective.
+
+        With the state that will be saved, the memory for its captures is made in the background, so that the first save
+        finds it; how much an optimizer that has not stepped will need, is guessed.
+        """
         if self._client is None:
             self._client = AgentClient.join(group, self._launcher)
+        if state is not None:
+            nbytes = 1 if self._memory is not None else expected_bytes(state, group.world_size)
+            self._worker.do(partial(self._reserve, self._client, nbytes))
         return self._client
+
+    def _reserve(self, client: AgentClient, nbytes: int) -> None:
+        try:
+            client.reserve(nbytes, self._memory)
+            if self._spare is None and self._memory is None:
+                self._spare = client.slot(nbytes, None, 0.0)
+        except CheckpointError as error:
+            # the first save will say so
+            log.debug("memory for captures could not be made ahead: %s", error)
 
     def _start_anew(self, group: Collective) -> AgentClient:
         """Some agent is lost: start new ones on all nodes; the old ones end when they have written what they can.
@@ -259,15 +303,22 @@ class AsyncSaver:
                 operation.end(error)
                 raise
             pending = PendingSave(client, begun.attempt, attempt.path, attempt.step)
+            form = begun.known.form
+            operation.bytes = form.nbytes
             try:
-                form = begun.known.form
-                with operation.waiting("room in the arena"):
-                    slot = self._slot(client, form.nbytes, attempt.path)
-                with operation.phase("capture") as phase:
-                    phase.bytes = operation.bytes = form.nbytes
-                    rooms = form.rooms(slot.view, slot.arena, slot.number)
-                    work = Capture(form, begun.sources, slot.view, rooms, operation.phase("lazy capture"))
-                    work.begin(self._fence.around(state, pending) if capture == "lazy" else _nothing)
+                if self._memory is not None and form.nbytes > self._memory:
+                    self._capture_in_pieces(client, begun, pending, operation, self._memory)
+                else:
+                    with operation.waiting("room in the arena"):
+                        slot = self._slot(client, form.nbytes, attempt.path)
+                    with operation.phase("capture") as phase:
+                        phase.bytes = form.nbytes
+                        rooms = form.rooms(slot.view, slot.arena, slot.start)
+                        work = Capture(form, begun.sources, slot.view, rooms, operation.phase("lazy capture"))
+                        work.begin(self._fence.around(state, pending) if capture == "lazy" else _nothing)
+                    self._captures = [earlier for earlier in self._captures if not earlier[0].copied]
+                    self._captures.append((work, pending, operation))
+                    self._worker.do(partial(self._finish, begun, work, slot, pending, operation))
             except BaseException as error:
                 operation.end(error)
                 _open(begun)
@@ -277,9 +328,6 @@ class AsyncSaver:
                     # the agent, which would have, is gone
                     attempt.discard()
                 raise
-        self._captures = [earlier for earlier in self._captures if not earlier[0].copied]
-        self._captures.append((work, pending, operation))
-        self._worker.do(partial(self._finish, client, begun, work, slot, pending, operation))
         if group.rank == 0 and self._follow:
             self._outcomes.add(pending)
         pending.phases = operation.seconds
@@ -391,10 +439,9 @@ class AsyncSaver:
             world_size = int(layout["world_size"])
             client.begin(number, folder, world_size, contents, node_local=attempt.node_local)
 
-    def _finish(
-        self, client: AgentClient, begun: _Begun, work: Capture, slot: Slot, pending: PendingSave, operation: Operation
-    ) -> None:
+    def _finish(self, begun: _Begun, work: Capture, slot: Slot, pending: PendingSave, operation: Operation) -> None:
         """Copy the rest and hand the slot to the agent; on the worker's thread."""
+        client, form = begun.client, begun.known.form
         failed: BaseException | None = None
         try:
             work.finish()
@@ -404,8 +451,8 @@ class AsyncSaver:
         failed = failed or unopened
         try:
             if failed is None:
-                table = _table(begun.known.form.files, begun.attempt, client.rank)
-                client.captured(begun.attempt, slot, table, pending.path, pending.step)
+                table = _table(form.files, begun.attempt, client.rank)
+                client.captured(begun.attempt, slot, form.nbytes, table, pending.path, pending.step)
             else:
                 client.abandon(begun.attempt, slot, failed)
         except CheckpointError as lost:
@@ -414,31 +461,80 @@ class AsyncSaver:
         pending.handed.set()
         if self._spare is None:
             with contextlib.suppress(CheckpointError):
-                self._spare = client.slot(begun.known.form.nbytes, 0.0)
+                self._spare = client.slot(form.nbytes, self._memory, 0.0)
 
-    def _slot(self, client: AgentClient, nbytes: int, folder: str) -> Slot:
-        slot, self._spare = self._spare, None
-        if slot is not None:
-            if len(slot.view) >= nbytes:
-                return slot
-            client.release(slot)
-        slot = client.slot(nbytes, 0.0)
+    def _capture_in_pieces(
+        self, client: AgentClient, begun: _Begun, pending: PendingSave, operation: Operation, memory: int
+    ) -> None:
+        """Capture a state that is larger than the memory for captures: each piece is written before its memory can take
+        another one, and the training waits for all that.
+        """
+        form = begun.known.form
+        if not self._told:
+            self._told = True
+            log.warning(
+                "%s: %s are larger than the memory for captures, %s: they go through in pieces, and the training waits "
+                "for the disk; declare more with memory=…",
+                pending.path,
+                size_text(form.nbytes),
+                size_text(memory),
+            )
+        failed = _open(begun)
+        if failed is not None:
+            raise failed
+        # it is too small for pieces, or they for it
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            client.release(spare)
+        size = memory // PIECES // PAGE * PAGE
+        table = _table(form.files, begun.attempt, client.rank)
+        sources = iter(begun.sources)
+        with operation.phase("capture") as phase:
+            phase.bytes = form.nbytes
+            for laid, row in zip(form.files, table, strict=True):
+                own = list(islice(sources, len(laid.chunks)))
+                for at in range(0, laid.layout.size, size):
+                    nbytes = min(size, laid.layout.size - at)
+                    with operation.waiting("room in the arena"):
+                        slot = self._slot(client, nbytes, pending.path, said=False)
+                    fill(laid, own, at, slot.view[:nbytes])
+                    more = laid is not form.files[-1] or at + nbytes < laid.layout.size
+                    begins = [] if at else [row]
+                    client.captured(begun.attempt, slot, nbytes, begins, pending.path, pending.step, more=more)
+        operation.end()
+        pending.handed.set()
+
+    def _slot(self, client: AgentClient, nbytes: int, folder: str, *, said: bool = True) -> Slot:
+        """Memory for a capture; waits for it if it must, and unless it is told otherwise, says so."""
+        slot = self._use_spare(client, nbytes) or client.slot(nbytes, self._memory, 0.0)
         if slot is None:
             # what is captured, but not handed to the agent yet, would never be written while this waits
-            for _, pending, _ in self._captures:
-                pending.handed.wait(SLOT_TIMEOUT)
-            slot = client.slot(nbytes, SAID)
+            handed = threading.Event()
+            self._worker.do(handed.set)
+            handed.wait(SLOT_TIMEOUT)
+            # nor would a slot that was taken for this save meanwhile come free
+            slot = self._use_spare(client, nbytes) or client.slot(nbytes, self._memory, SAID)
         if slot is None:
             begin = time.monotonic()
-            log.warning("%s: waits for earlier saves to be written: the arena is full", folder)
-            slot = client.slot(nbytes, SLOT_TIMEOUT)
+            if said:
+                log.warning("%s: waits for earlier saves to be written: the arena is full", folder)
+            slot = client.slot(nbytes, self._memory, SLOT_TIMEOUT)
             if slot is None:
                 raise SaveFailedError(
                     f"{folder}: earlier saves were not written within {SLOT_TIMEOUT:.0f} s, so there is no room to "
                     "capture this one; save less often, or to faster storage",
                     path=folder,
                 )
-            log.warning("%s: waited %.1f s for the arena", folder, time.monotonic() - begin)
+            if said:
+                log.warning("%s: waited %.1f s for the arena", folder, time.monotonic() - begin)
+        return slot
+
+    def _use_spare(self, client: AgentClient, nbytes: int) -> Slot | None:
+        """The slot that was taken ahead, if it is large enough; else it is given back."""
+        slot, self._spare = self._spare, None
+        if slot is not None and len(slot.view) < nbytes:
+            client.release(slot)
+            slot = None
         return slot
 
 

@@ -6,7 +6,6 @@ agent ends when its trainers are gone and nothing is left to write or to be told
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
@@ -17,17 +16,22 @@ from typing import Any
 
 from ckpt.agent import peers
 from ckpt.agent.aftermath import Aftermath
-from ckpt.agent.arena import Arena
+from ckpt.agent.arena import Arena, pages
 from ckpt.agent.crew import Committer, Crew
 from ckpt.agent.following import Follower
 from ckpt.agent.leading import Leader
+from ckpt.agent.parts import AT_ONCE, PartWriter, Piece
 from ckpt.agent.wire import Channel, Message
-from ckpt.agent.writing import CapturedChunk, CapturedFile, write_captured
-from ckpt.saving.commit import Contents, Part
-from ckpt.storage.files import ALIGNMENT, Files
-from ckpt_formats.errors import CheckpointError
+from ckpt.agent.writing import CapturedChunk, CapturedFile
+from ckpt.saving.commit import Contents
+from ckpt.storage.files import Files
+from ckpt_formats.errors import CheckpointError, SaveFailedError
 from ckpt_formats.geometry import Box
 
+CAPTURES = 3
+"""Captures of a rank that there is room for, unless it is declared: one is filled, one is written, one is spare."""
+FEWEST = 2
+"""How many of them must fit before a larger arena is made for a state that has grown."""
 STARTUP = 60.0
 """Seconds that the agent waits for its first trainer."""
 LINGER = 0.5
@@ -53,6 +57,9 @@ class Agent:
         self._watchers: set[Channel] = set()
         """Connections that are closed when no further save can be begun."""
         self._broken = False
+        self._parts: dict[tuple[str, int], PartWriter] = {}
+        """By attempt and rank, of those of which more pieces may come."""
+        self._turn = threading.Semaphore(AT_ONCE)
         self._writing = 0
         self._arena_count = 0
         self._idle_since: float | None = None
@@ -95,7 +102,9 @@ class Agent:
             "lead": self._lead,
             "follow": self._follow,
             "slot": self._slot,
+            "reserve": self._reserve,
             "release": self._give_back,
+            "piece": self._piece,
             "begin": self._begin,
             "captured": self._captured,
             "abandon": self._abandon,
@@ -128,6 +137,9 @@ class Agent:
                     self._trainers.discard(rank)
             if rank is not None:
                 self._committer.left(rank)
+                with self._changed:
+                    theirs = {key for key in self._parts if key[1] == rank}
+                self._stop(theirs)
 
     def _watch(self, channel: Channel) -> None:
         with self._changed:
@@ -166,22 +178,31 @@ class Agent:
         return {}
 
     def _slot(self, message: Message) -> Message:
-        rank, nbytes = int(message["rank"]), int(message["bytes"])
+        arena = self._arena(message)
+        slot = arena.acquire(int(message["bytes"]), float(message["timeout"]))
+        return {"arena": arena.path, "slot": slot}
+
+    def _reserve(self, message: Message) -> Message:
+        """Make an arena before it is needed."""
+        return {"arena": self._arena(message).path}
+
+    def _arena(self, message: Message) -> Arena:
+        """A rank's arena: as large as was declared, or large enough for several captures."""
+        rank, nbytes, memory = int(message["rank"]), int(message["bytes"]), message["memory"]
         arena = self._newest.get(rank)
-        if arena is None or arena.slot_bytes < nbytes:
-            with self._changed:
-                self._arena_count += 1
-                path = os.path.join(self._home, f"arena-{rank}-{self._arena_count}")
-            larger = Arena(path, nbytes, int(message["slots"]))
-            with self._changed:
-                self._arenas[path] = self._newest[rank] = larger
-            if arena is not None:
-                # unlinked, it lives until trainer and agent are done with what lies in it
-                arena.remove()
-                self._forget_if_idle(arena)
-            arena = larger
-        slot = arena.acquire(float(message["timeout"]))
-        return {"arena": arena.path, "slot_bytes": arena.slot_bytes, "slot": slot}
+        if arena is not None and (arena.size >= FEWEST * pages(nbytes) if memory is None else arena.size == memory):
+            return arena
+        with self._changed:
+            self._arena_count += 1
+            path = os.path.join(self._home, f"arena-{rank}-{self._arena_count}")
+        made = Arena(path, CAPTURES * pages(nbytes) if memory is None else memory)
+        with self._changed:
+            self._arenas[path] = self._newest[rank] = made
+        if arena is not None:
+            # unlinked, it lives until trainer and agent are done with what lies in it
+            arena.remove()
+            self._forget_if_idle(arena)
+        return made
 
     def _give_back(self, message: Message) -> Message:
         """A slot was not filled."""
@@ -193,11 +214,26 @@ class Agent:
         self._committer.begin(message)
         return {}
 
+    def _piece(self, message: Message) -> Message:
+        """Bytes of a rank's part lie in a slot, and more will come."""
+        self._part(message).add(self._piece_of(message))
+        return {}
+
     def _captured(self, message: Message) -> Message:
-        """A rank's part lies in its slot; from now on it does not need the rank."""
-        rank = int(message["rank"])
-        arena = self._arenas[message["arena"]]
-        slot = int(message["slot"])
+        """A rank's part lies in its slot, or what is left of it; from now on it does not need the rank."""
+        part = self._part(message)
+        part.add(self._piece_of(message))
+        with self._changed:
+            self._parts.pop((message["save"], int(message["rank"])), None)
+        try:
+            self._committer.captured(message["save"], int(message["rank"]), message["path"], message["step"])
+        except BaseException:
+            part.stop()
+            raise
+        part.finish()
+        return {}
+
+    def _piece_of(self, message: Message) -> Piece:
         files = [
             CapturedFile(
                 path,
@@ -207,19 +243,32 @@ class Agent:
             )
             for path, header, size, chunks in message["files"]
         ]
-        attempt, path = message["save"], message["path"]
-        with self._changed:
-            self._writing += 1
+        return Piece(self._arenas[message["arena"]], int(message["slot"]), files, int(message["bytes"]))
+
+    def _part(self, message: Message) -> PartWriter:
+        """What writes a rank's part of a save. Raises what has kept it from writing."""
+        attempt, rank, path = message["save"], int(message["rank"]), message["path"]
         try:
-            self._committer.captured(attempt, rank, path, message["step"])
+            self._committer.expect(attempt, path, message["step"])
+            part = self._parts.get((attempt, rank))
+            if part is not None and part.failure is not None:
+                raise SaveFailedError(f"{path}: rank {rank}'s part could not be written: {part.failure}", path=path)
         except BaseException:
-            self._written(arena, slot)
+            self._release(self._arenas[message["arena"]], int(message["slot"]))
             raise
-        writing = threading.Thread(
-            target=self._write, args=(attempt, path, rank, arena, slot, files), name="ckpt-agent-write"
-        )
-        writing.start()
-        return {}
+        if part is None:
+            with self._changed:
+                self._writing += 1
+            part = PartWriter(
+                self._files, self._committer, self._turn, attempt, path, rank, self._release, self._part_ended
+            )
+            with self._changed:
+                self._parts[attempt, rank] = part
+        return part
+
+    def _part_ended(self) -> None:
+        with self._changed:
+            self._writing -= 1
 
     def _abandon(self, message: Message) -> Message:
         """A rank can't capture its part."""
@@ -227,6 +276,7 @@ class Agent:
         if message.get("slot") is not None:
             self._release(self._arenas[message["arena"]], int(message["slot"]))
         self._committer.failed(message["save"], f"rank {rank}: {message['why']}", message["kind"])
+        self._stop({(message["save"], rank)})
         return {}
 
     def _wait(self, message: Message) -> Message:
@@ -235,35 +285,12 @@ class Agent:
 
     # work
 
-    def _write(self, attempt: str, path: str, rank: int, arena: Arena, slot: int, files: list[CapturedFile]) -> None:
-        committer = self._committer
-        try:
-            view = arena.view(slot)
-            at = 0
-            written = []
-            with committer.phase(attempt, rank) as phase:
-                for captured in files:
-                    # every file of a slot begins at a page
-                    written.append(write_captured(self._files, path, captured, view[at:]))
-                    at += -(-captured.size // ALIGNMENT) * ALIGNMENT
-                    phase.bytes += captured.size
-            part = Part(written, [[chunk.name for chunk in captured.chunks] for captured in files])
-            committer.prepared(attempt, rank, part)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the trainers learn it
-            kind = type(error).__name__ if isinstance(error, CheckpointError) else "SaveFailedError"
-            with contextlib.suppress(CheckpointError):
-                committer.failed(attempt, f"{path}: rank {rank}'s part could not be written: {error}", kind)
-        finally:
-            if committer.failing(attempt):
-                # what this wrote after the save had failed
-                committer.discard(attempt)
-            self._written(arena, slot)
-
-    def _written(self, arena: Arena, slot: int) -> None:
-        """A slot is not needed any more."""
-        self._release(arena, slot)
+    def _stop(self, keys: set[tuple[str, int]]) -> None:
+        """The rest of these ranks' parts will never come."""
         with self._changed:
-            self._writing -= 1
+            parts = [self._parts.pop(key) for key in keys if key in self._parts]
+        for part in parts:
+            part.stop()
 
     def _release(self, arena: Arena, slot: int) -> None:
         arena.release(slot)

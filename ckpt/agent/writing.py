@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 from ckpt.storage.data_file import BUFFER, WRITERS, WrittenFile
 from ckpt.storage.files import ALIGNMENT, Files
-from ckpt_formats.digest import BLOCK_SIZE, block_digests, combine, digest, hexdigest
+from ckpt_formats.digest import BLOCK_SIZE, Hasher, combine, digest
 from ckpt_formats.geometry import Box
 from ckpt_formats.native import index
 from ckpt_formats.native.index import IndexRows
@@ -39,47 +40,125 @@ class CapturedFile(NamedTuple):
     chunks: Sequence[CapturedChunk]
 
 
-def write_captured(files: Files, folder: str, captured: CapturedFile, slot: memoryview) -> WrittenFile:
-    """Write a captured file and sync it.
+class FileWriter:
+    """Writes one captured file, in one piece or in several, from the first byte to the last; a `with` block."""
 
-    Raises:
-        OSError: writing failed; the file may be there in part, and nothing refers to it.
-    """
-    size = captured.size
-    with (
-        files.create(f"{folder}/{captured.path}", direct=size >= ALIGNMENT) as file,
-        ThreadPoolExecutor(WRITERS, thread_name_prefix="ckpt-write") as pool,
-    ):
-        end = -(-size // ALIGNMENT) * ALIGNMENT if file.direct else size
-        writes = [pool.submit(file.write, slot[at : min(at + BUFFER, end)], at) for at in range(0, end, BUFFER)]
-        rows = _rows(captured.chunks, slot)
+    def __init__(self, files: Files, folder: str, captured: CapturedFile) -> None:
+        """Create the file. Raises OSError."""
+        self._captured = captured
+        self._digests = _Digests(captured)
+        self._file = files.create(f"{folder}/{captured.path}", direct=captured.size >= ALIGNMENT)
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="ckpt-write")
+        self._at = 0
+
+    def write(self, memory: memoryview, nbytes: int) -> None:
+        """Write the next bytes: those of `memory`, which goes on to the end of its last page.
+
+        Every piece but the last is a multiple of ALIGNMENT. Raises OSError.
+        """
+        file, at = self._file, self._at
+        end = -(-nbytes // ALIGNMENT) * ALIGNMENT if file.direct else nbytes
+        writes = [
+            self._pool.submit(file.write, memory[low : min(low + BUFFER, end)], at + low)
+            for low in range(0, end, BUFFER)
+        ]
+        self._digests.feed(at, memory[:nbytes])
         for write in writes:
             write.result()
-        if end != size:
-            file.truncate(size)
-        file.sync()
-    return WrittenFile(captured.path, size, captured.header, hexdigest(slot[: captured.header]), rows)
+        self._at = at + nbytes
+
+    def finish(self) -> WrittenFile:
+        """Sync the file, and say what is in it. Raises OSError."""
+        captured = self._captured
+        if self._at != captured.size:
+            raise AssertionError(f"{captured.path}: {self._at} of {captured.size} bytes were written")
+        if self._file.direct and captured.size % ALIGNMENT:
+            self._file.truncate(captured.size)
+        self._file.sync()
+        header, rows = self._digests.finish()
+        return WrittenFile(captured.path, captured.size, captured.header, header, rows)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True)
+        self._file.close()
 
 
-def _rows(chunks: Sequence[CapturedChunk], slot: memoryview) -> IndexRows:
-    digests: list[bytes] = []
-    block: list[int] = []
-    more: list[bytes] = []
-    for chunk in chunks:
-        data = slot[chunk.start : chunk.start + chunk.nbytes]
-        if chunk.nbytes <= BLOCK_SIZE:
-            digests.append(digest(data))
-            block.append(-1)
+class _Digests:
+    """Digests of a file's header, chunks and blocks, of bytes that come in order, in pieces that may part a block."""
+
+    def __init__(self, captured: CapturedFile) -> None:
+        self._captured = captured
+        self._header = Hasher()
+        self._next = 0
+        """The first chunk that is not complete."""
+        self._blocks: list[bytes] = []
+        """Of that chunk."""
+        self._block: Hasher | None = None
+        """The part of its next block that was there."""
+        self._digests: list[bytes] = []
+        self._first: list[int] = []
+        self._more: list[bytes] = []
+
+    def feed(self, at: int, data: memoryview) -> None:
+        """Take the bytes from position `at` on."""
+        end = at + len(data)
+        header, chunks = self._captured.header, self._captured.chunks
+        if at < header:
+            self._header.update(data[: min(end, header) - at])
+        while self._next < len(chunks):
+            chunk = chunks[self._next]
+            stop = chunk.start + chunk.nbytes
+            if chunk.start > end or (chunk.start == end and chunk.nbytes):
+                break
+            self._feed_chunk(chunk, at, data, max(chunk.start, at), min(stop, end))
+            if stop > end:
+                break
+            self._close()
+
+    def _feed_chunk(self, chunk: CapturedChunk, at: int, data: memoryview, low: int, high: int) -> None:
+        """Take the part low..high of a chunk."""
+        stop = chunk.start + chunk.nbytes
+        while low < high:
+            block_stop = min(low - (low - chunk.start) % BLOCK_SIZE + BLOCK_SIZE, stop)
+            part_stop = min(block_stop, high)
+            part = data[low - at : part_stop - at]
+            if self._block is None and part_stop == block_stop:
+                self._blocks.append(digest(part))
+            else:
+                self._block = self._block or Hasher()
+                self._block.update(part)
+                if part_stop == block_stop:
+                    self._blocks.append(self._block.digest())
+                    self._block = None
+            low = part_stop
+
+    def _close(self) -> None:
+        """The chunk is complete."""
+        blocks = self._blocks
+        if len(blocks) <= 1:
+            self._digests.append(blocks[0] if blocks else digest(b""))
+            self._first.append(-1)
         else:
-            parts = block_digests(data, BLOCK_SIZE)
-            digests.append(combine(parts))
-            block.append(len(more))
-            more.extend(parts)
-    return index.build(
-        [chunk.box for chunk in chunks],
-        [chunk.start for chunk in chunks],
-        [chunk.nbytes for chunk in chunks],
-        digests,
-        block,
-        more,
-    )
+            self._digests.append(combine(blocks))
+            self._first.append(len(self._more))
+            self._more.extend(blocks)
+        self._blocks = []
+        self._next += 1
+
+    def finish(self) -> tuple[str, IndexRows]:
+        """The header's digest, and the rows of the index."""
+        chunks = self._captured.chunks
+        rows = index.build(
+            [chunk.box for chunk in chunks],
+            [chunk.start for chunk in chunks],
+            [chunk.nbytes for chunk in chunks],
+            self._digests,
+            self._first,
+            self._more,
+        )
+        return self._header.hexdigest(), rows

@@ -9,6 +9,7 @@ version counters, and the capture fails rather than mix two steps. Knows no agen
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -201,6 +202,30 @@ class Capture:
             if start > end:
                 self._memory[at + end : at + start] = bytes(start - end)
             end = start + chunk.nbytes
+
+
+def fill(laid: Laid, sources: Sequence[Readable], at: int, memory: memoryview) -> None:
+    """Put the bytes of a file from position `at` on into memory, which begins and ends at a page, or with the file.
+
+    For states that no slot is large enough for: `sources` are those of the file's chunks.
+    """
+    end = at + len(memory)
+    header, starts = laid.layout.header, laid.layout.starts
+    filled = at
+    if at < len(header):
+        filled = min(end, len(header))
+        memory[: filled - at] = header[at:filled]
+    for position in range(max(0, bisect_right(starts, at) - 1), len(starts)):
+        start = starts[position]
+        if start >= end:
+            break
+        low, high = max(start, at), min(start + laid.chunks[position].nbytes, end)
+        if low >= high:
+            continue
+        memory[filled - at : low - at] = bytes(low - filled)
+        sources[position].read(low - start, high - start, memory[low - at : high - at])
+        filled = high
+    memory[filled - at :] = bytes(end - filled)
 
 
 @torch.no_grad()

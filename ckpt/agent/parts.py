@@ -1,0 +1,139 @@
+"""The parts of saves on their way from slots to disk: a thread for each, which writes its pieces in order.
+
+A part is what one rank writes of one save. It mostly comes in one slot; where the state is larger than the memory for
+captures, piece by piece, each of which frees its slot for the next. Knows no trainers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ckpt.agent.arena import Arena
+from ckpt.agent.crew import Committer
+from ckpt.agent.writing import CapturedFile, FileWriter
+from ckpt.saving.commit import Part
+from ckpt.storage.data_file import WrittenFile
+from ckpt.storage.files import ALIGNMENT, Files
+from ckpt_formats.errors import CheckpointError, SaveFailedError
+
+AT_ONCE = 4
+"""Parts of which bytes are written at the same time; the others wait for their turn."""
+
+
+class Piece(NamedTuple):
+    """Bytes of one file or of several, in a slot, where each of them begins at a page."""
+
+    arena: Arena
+    slot: int
+    begin: Sequence[CapturedFile]
+    """Files that begin in it; without any, it goes on with the one before."""
+    nbytes: int
+
+
+class PartWriter:
+    """Writes the part of one rank. Ends with `finish` or `stop`, and then calls `ended`."""
+
+    def __init__(
+        self,
+        files: Files,
+        committer: Committer,
+        turn: threading.Semaphore,
+        attempt: str,
+        path: str,
+        rank: int,
+        release: Callable[[Arena, int], None],
+        ended: Callable[[], None],
+    ) -> None:
+        """Args: `turn` is held while bytes are written; `release` gives a slot back that was written."""
+        self._files = files
+        self._committer = committer
+        self._turn = turn
+        self._attempt = attempt
+        self._path = path
+        self._rank = rank
+        self._release = release
+        self._ended = ended
+        self._queue: queue.SimpleQueue[Piece | bool] = queue.SimpleQueue()
+        self._names: list[list[str]] = []
+        self._written: list[WrittenFile] = []
+        self._writer: FileWriter | None = None
+        self._left = 0
+        """Bytes of the file at hand that have not come yet."""
+        self.failure: Exception | None = None
+        threading.Thread(target=self._run, name="ckpt-agent-write").start()
+
+    def add(self, piece: Piece) -> None:
+        """Write a piece; it belongs to this writer from now on."""
+        self._queue.put(piece)
+
+    def finish(self) -> None:
+        """There are no more pieces: the part is prepared when all are on stable storage."""
+        self._queue.put(True)
+
+    def stop(self) -> None:
+        """The rest will never come."""
+        self._queue.put(False)
+
+    def _run(self) -> None:
+        committer = self._committer
+        try:
+            with contextlib.ExitStack() as stack:
+                complete = self._take(stack)
+                if complete and self.failure is None:
+                    committer.prepared(self._attempt, self._rank, Part(self._written, self._names))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the trainers learn it
+            self._tell(error)
+        finally:
+            if committer.failing(self._attempt):
+                # what this wrote after the save had failed
+                committer.discard(self._attempt)
+            self._ended()
+
+    def _take(self, stack: contextlib.ExitStack) -> bool:
+        """Write pieces as they come; returns whether they were all that there will be."""
+        while not isinstance(what := self._queue.get(), bool):
+            try:
+                if self.failure is None and not self._committer.failing(self._attempt):
+                    with self._turn, self._committer.phase(self._attempt, self._rank) as phase:
+                        phase.bytes = what.nbytes
+                        self._write(what, stack)
+            except Exception as error:  # noqa: BLE001 - it is told at the end, and to whoever brings the next piece
+                self._tell(error)
+                # whoever hears of it finds nothing left behind
+                self.failure = error
+            finally:
+                self._release(what.arena, what.slot)
+        return what
+
+    def _write(self, piece: Piece, stack: contextlib.ExitStack) -> None:
+        memory = piece.arena.view(piece.slot, piece.nbytes)
+        if not piece.begin and piece.nbytes:
+            self._go_on(memory, piece.nbytes, stack)
+        at = 0
+        for captured in piece.begin:
+            self._names.append([chunk.name for chunk in captured.chunks])
+            self._writer = stack.enter_context(FileWriter(self._files, self._path, captured))
+            self._left = captured.size
+            count = min(captured.size, piece.nbytes - at)
+            self._go_on(memory[at:], count, stack)
+            at += -(-count // ALIGNMENT) * ALIGNMENT
+
+    def _go_on(self, memory: memoryview, nbytes: int, stack: contextlib.ExitStack) -> None:
+        if self._writer is None:
+            raise AssertionError("a part begins with a file")
+        self._writer.write(memory, nbytes)
+        self._left -= nbytes
+        if not self._left:
+            self._written.append(self._writer.finish())
+            self._writer = None
+            stack.close()
+
+    def _tell(self, error: Exception) -> None:
+        known = isinstance(error, CheckpointError)
+        why = f"{self._path}: rank {self._rank}'s part could not be written: {error}"
+        with contextlib.suppress(CheckpointError):
+            self._committer.failed(self._attempt, why, type(error).__name__ if known else SaveFailedError.__name__)

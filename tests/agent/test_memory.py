@@ -1,0 +1,201 @@
+"""What is promised of the memory for captures: never more than was declared, made ahead, and waited for aloud."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ckpt
+from ckpt.agent.saver import AsyncSaver
+from ckpt.collective import Collective
+from ckpt.storage.files import File, Files
+from ckpt_formats.errors import CheckpointNotFoundError, ConfigurationError, SaveFailedError
+from ckpt_formats.verify import verify
+from tests.agent.test_async_save import Slow, agent_here, agents, until
+from tests.ranks import Killed, run_ranks
+
+MIB = 1 << 20
+
+
+def arena_sizes(home: Path) -> list[int]:
+    return [path.stat().st_size for path in home.iterdir() if path.name.startswith("arena")]
+
+
+@contextmanager
+def with_memory(folder: Path, files: Files, memory: int) -> Iterator[AsyncSaver]:
+    with agent_here(folder, files) as saver:
+        saver.declare(memory)
+        yield saver
+
+
+def odd_state() -> dict[str, Any]:
+    """Tensors of many sizes and kinds, one of them alone larger than the memory that is declared."""
+    torch.manual_seed(0)
+    return {
+        "huge": torch.randn(3_000_000),
+        "strided": torch.randn(700, 900).t(),
+        "odd": torch.randn(12_345).to(torch.float8_e8m0fnu),
+        "wide": torch.randn(100_001, dtype=torch.complex128),
+        "small": [torch.randn(k) for k in range(50)],
+        "empty": torch.empty(0, 3),
+        "rng": ckpt.RNG(),
+        "long": b"x" * 300_000,
+    }
+
+
+def same(one: Path, other: Path) -> None:
+    with ckpt.open(one) as a, ckpt.open(other) as b:
+        assert set(a.tensors) == set(b.tensors)
+        for name in a.tensors:
+            assert torch.equal(flat_bytes(a[name][...]), flat_bytes(b[name][...])), name
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1)).view(torch.uint8)
+
+
+@pytest.mark.parametrize("memory", [1 * MIB, 1 * MIB + 12_345, 5 * MIB, 13 * MIB])
+def test_a_state_larger_than_the_memory_goes_through_in_pieces(
+    memory: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = odd_state()
+    ckpt.save(state, tmp_path / "sync")
+    with with_memory(tmp_path, Files(), memory) as saver:
+        for k in range(3):
+            saver.save(state, tmp_path / str(k)).wait(60)
+        assert arena_sizes(tmp_path / "home") == [memory // 4096 * 4096]
+    assert "go through in pieces" in caplog.text
+    for k in range(3):
+        same(tmp_path / "sync", tmp_path / str(k))
+        assert verify(tmp_path / str(k)).intact
+
+
+def test_several_saves_fit_the_memory_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    disk = Slow()
+    with with_memory(tmp_path, disk, 2 * MIB + 64 * 1024) as saver:
+        state = {"w": torch.randn(MIB // 4)}
+        pendings = [saver.save(state, tmp_path / "0")]
+        more = threading.Thread(
+            target=lambda: pendings.extend(saver.save(state, tmp_path / str(k)) for k in range(1, 4))
+        )
+        more.start()
+        until(lambda: "arena is full" in caplog.text, "the save that does not fit to say that it waits")
+        disk.go.set()
+        more.join(60)
+        for pending in pendings:
+            pending.wait(60)
+        assert arena_sizes(tmp_path / "home") == [2 * MIB + 64 * 1024]
+    assert "waited" in caplog.text
+
+
+def test_states_of_different_sizes_take_turns_in_one_memory(tmp_path: Path) -> None:
+    with with_memory(tmp_path, Files(), 4 * MIB) as saver:
+        pendings = []
+        for k in range(24):
+            state = {"w": torch.full((100_000 * (1 + k % 7),), float(k))}
+            pendings.append(saver.save(state, tmp_path / str(k)))
+        for k, pending in enumerate(pendings):
+            pending.wait(60)
+            with ckpt.open(tmp_path / str(k)) as checkpoint:
+                assert (checkpoint["w"][:] == k).all()
+        assert arena_sizes(tmp_path / "home") == [4 * MIB]
+
+
+def test_too_little_memory_is_refused_at_once() -> None:
+    with pytest.raises(ConfigurationError, match="memory=1000 is too little"):
+        AsyncSaver(memory=1000)
+
+
+class FullLater(Files):
+    """A disk that takes the first bytes of a data file, and then no more."""
+
+    def create(self, path: str, *, direct: bool) -> File:
+        file = super().create(path, direct=direct)
+        if "/data/" in path:
+            write = file.write
+
+            def failing(data: memoryview, at: int) -> None:
+                if at > MIB:
+                    raise OSError(28, "No space left on device", path)
+                write(data, at)
+
+            file.write = failing  # type: ignore[method-assign]
+        return file
+
+
+def test_a_disk_that_fills_up_between_pieces_fails_the_save_and_leaves_nothing(tmp_path: Path) -> None:
+    with with_memory(tmp_path, FullLater(), 1 * MIB) as saver:
+        with pytest.raises(SaveFailedError, match="No space left"):
+            saver.save({"w": torch.zeros(2_000_000)}, tmp_path / "run" / "a").wait(60)
+        assert not (tmp_path / "run").exists()
+        # the memory is free again
+        saver.save({"w": torch.zeros(100_000)}, tmp_path / "run" / "c").wait(60)
+
+
+def die_between_pieces(rank: int, world_size: int, folder: str) -> None:
+    saver = AsyncSaver(memory=MIB)
+    tensor = torch.zeros(3_000_000)
+    original = ckpt.saving.sources.TensorSource.read
+    reads = 0
+
+    def read(self: object, start: int, stop: int, into: memoryview) -> None:
+        nonlocal reads
+        reads += 1
+        if reads == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, start, stop, into)
+
+    ckpt.saving.sources.TensorSource.read = read
+    saver.save({"w": tensor}, f"{folder}/a")
+
+
+def test_a_trainer_that_dies_between_pieces_leaves_nothing(tmp_path: Path) -> None:
+    before = agents()
+    results = run_ranks(die_between_pieces, 1, str(tmp_path), allow_death=True)
+    assert isinstance(results[0], Killed)
+    until(lambda: agents() <= before, "the agent to end and leave nothing")
+    with pytest.raises(CheckpointNotFoundError):
+        ckpt.open(tmp_path / "a")
+    assert os.listdir(tmp_path) == []
+
+
+def pieces_on_every_rank(rank: int, world_size: int, folder: str) -> None:
+    torch.manual_seed(rank)
+    state = {"part": {f"w{rank}": torch.randn(700_000 * (1 + rank))}, "both": torch.arange(9.0)}
+    saver = AsyncSaver(memory=3 * MIB)
+    try:
+        ckpt.save(state, f"{folder}/sync")
+        pendings = [saver.save(state, f"{folder}/{k}") for k in range(3)]
+        for pending in pendings:
+            pending.wait(60)
+    finally:
+        saver.close()
+
+
+def test_ranks_in_pieces_and_ranks_in_one_make_one_checkpoint(tmp_path: Path) -> None:
+    run_ranks(pieces_on_every_rank, 2, str(tmp_path))
+    for k in range(3):
+        same(tmp_path / "sync", tmp_path / str(k))
+
+
+def test_the_memory_is_made_ahead_and_large_enough(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(300, 300) for _ in range(4)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"model": model, "optimizer": optimizer}
+    with agent_here(tmp_path, Files()) as saver:
+        saver.start(Collective(), state)
+        until(lambda: arena_sizes(tmp_path / "home") != [], "the arena")
+        made = arena_sizes(tmp_path / "home")
+        model(torch.randn(2, 300)).sum().backward()
+        optimizer.step()
+        saver.save(state, tmp_path / "a").wait(60)
+        # the slots that the optimizer did not have yet were counted
+        assert arena_sizes(tmp_path / "home") == made

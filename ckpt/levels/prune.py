@@ -376,7 +376,10 @@ class _StorePrune(_Prune):
 
     def _clear_uncommitted(self) -> None:
         began = self._store.abandoned()
-        names_below = {entry.name for entry in self._store.ls(self._folder) if entry.folder}
+        try:
+            names_below = {entry.name for entry in self._store.ls(self._folder) if entry.folder}
+        except FileNotFoundError:
+            names_below = set()
         names_below |= {url[len(self._folder) + 1 :].partition("/")[0] for url in began}
         for name in sorted(names_below):
             path = os.path.join(self._folder, name)

@@ -227,6 +227,10 @@ class ObjectStore(Store):
                 page = self.call(prefix, "list_multipart_uploads", Bucket=bucket, Prefix=key, **marker)
             except FileNotFoundError:
                 return found  # rclone's way to say that there are none
+            except StoreError as error:
+                if response(error.__cause__)[0] in (403, 405, 501):
+                    return found  # who may not see them does without
+                raise
             found += page.get("Uploads", [])
             if not page.get("IsTruncated"):
                 return found
@@ -291,6 +295,14 @@ class Upload:
         if self._file is not None:
             ObjectStore(self.url, ()).attempt(self.url, self._file.close)
         self._require_size()
+
+    def stop(self, *, for_good: bool) -> None:  # noqa: ARG002 - what was sent is of no use to anybody
+        """Send no more of it. What a later upload may go on with stays, unless it is given up for good."""
+        file, self._file = self._file, None
+        # closing it would publish what it has
+        if file is not None and hasattr(file, "discard"):
+            with contextlib.suppress(StoreError):
+                ObjectStore(self.url, ()).attempt(self.url, file.discard)
 
     def _require_size(self) -> None:
         size = self._store.size(self.url)
@@ -361,6 +373,11 @@ class _S3Upload(Upload):
         about = self._about | {"UploadId": self._id, "PartNumber": number + 1}
         self._sent[number + 1] = self._store.send(self.url, "upload_part", data, **about)
         return True
+
+    def stop(self, *, for_good: bool) -> None:
+        if for_good and self._id is not None:
+            with contextlib.suppress(FileNotFoundError, StoreError):
+                self._store.abandon(self.url)
 
     def finish(self) -> None:
         if self.size > self.part:

@@ -12,12 +12,12 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
 
 from ckpt.storage.objects import ObjectStore, Upload
-from ckpt_formats.errors import CheckpointError, CorruptionError, StoreError
+from ckpt_formats.errors import CorruptionError, StoreError
 from ckpt_formats.facts import Facts, encode
 from ckpt_formats.leases import busy
 from ckpt_formats.native import names
@@ -40,7 +40,7 @@ class Uploading:
     def __init__(self, url: str) -> None:
         self._url = url
         self._store = ObjectStore(url)
-        self._stack = ExitStack()
+        self._stack: ExitStack
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}
         self._there: dict[str, int] = {}
@@ -48,10 +48,12 @@ class Uploading:
         self.found = 0
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(busy(self._url))
-        self._there = {entry.name: entry.size for entry in self._store.walk(self._url)}
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(SENDERS, thread_name_prefix="ckpt-upload"))
-        self._finishing = self._stack.enter_context(ThreadPoolExecutor(SENDERS, thread_name_prefix="ckpt-finish"))
+        with ExitStack() as stack:
+            stack.enter_context(busy(self._url))
+            self._there = {entry.name: entry.size for entry in self._store.walk(self._url)}
+            self._pool = stack.enter_context(ThreadPoolExecutor(SENDERS, thread_name_prefix="ckpt-upload"))
+            self._finishing = stack.enter_context(ThreadPoolExecutor(SENDERS, thread_name_prefix="ckpt-finish"))
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -77,11 +79,10 @@ class Uploading:
         try:
             yield parts
             parts.flush()
-        except CorruptionError:
+        except BaseException as error:
             wait(parts.sent)
-            # nobody will go on with it
-            with suppress(CheckpointError, OSError):
-                self._store.abandon(upload.url)
+            # with what is damaged, nobody will go on
+            upload.stop(for_good=isinstance(error, CorruptionError))
             raise
         self._await(self._finishing.submit(self._finish, upload, parts.sent))
 

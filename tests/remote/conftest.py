@@ -44,6 +44,16 @@ def rclone_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 @pytest.fixture(params=["moto", "rclone", "memory"])
 def any_store(request: pytest.FixtureRequest) -> str:
     """The URL of a new run, on each kind of store in turn."""
+    return _new_run(request)
+
+
+@pytest.fixture(params=["moto", "memory"])
+def a_store(request: pytest.FixtureRequest) -> str:
+    """The same for S3 and what is not S3."""
+    return _new_run(request)
+
+
+def _new_run(request: pytest.FixtureRequest) -> str:
     if request.param == "memory":
         return f"memory://bucket/{uuid.uuid4().hex}/run"
     request.getfixturevalue(f"{request.param}_port")

@@ -145,11 +145,12 @@ def _rounds(s3: str, proxy: Proxy, saved: Path, folder: Path, seeds: Iterator[in
 
 
 def test_hundreds_of_faults(s3: str, proxy: Proxy, saved: Path, tmp_path: Path) -> None:
-    failures = _rounds(s3, proxy, saved, tmp_path, iter(range(100)), 200)
+    failures = _rounds(s3, proxy, saved, tmp_path, iter(range(100)), 150)
     print(f"{proxy.faults} faults in {proxy.done.total()} requests: {dict(proxy.done)}; repeated: {dict(failures)}")
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_thousands_of_faults(s3: str, proxy: Proxy, saved: Path, tmp_path: Path) -> None:
     failures = _rounds(s3, proxy, saved, tmp_path, iter(range(1000, 9000)), 3000)
     print(f"{proxy.faults} faults in {proxy.done.total()} requests: {dict(proxy.done)}; repeated: {dict(failures)}")

@@ -13,9 +13,9 @@ from tests.remote.proxy import Proxy
 
 
 @pytest.fixture
-def run(any_store: str, saved: Path) -> str:
-    copy_run(saved, any_store)
-    return any_store
+def run(s3: str, saved: Path) -> str:
+    copy_run(saved, s3)
+    return s3
 
 
 def test_ls_show_verify_diff(run: str, saved: Path) -> None:

@@ -6,9 +6,13 @@ each other by TCP alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
+import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +22,9 @@ import torch.distributed as dist
 
 import ckpt
 from ckpt.agent import client
+from ckpt.agent.homes import make_home
 from ckpt.agent.saver import AsyncSaver, PendingSave
+from ckpt.collective import Collective
 from ckpt.saving import capture as capturing
 from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, SaveFailedError
 from tests.agent.test_async_save import until
@@ -308,3 +314,87 @@ def bad_name(rank: int, world_size: int, folder: str) -> None:
 
 def test_a_node_with_a_name_that_could_leave_a_folder_is_refused(tmp_path: Path) -> None:
     run_ranks(bad_name, 2, str(tmp_path))
+
+
+# --- whoever dies when
+
+
+def kill_at_random(rank: int, world_size: int, folder: str, rounds: int, seed: int) -> list[str]:
+    """Save step after step, killing the agent of a node drawn by chance after a time drawn by chance."""
+    chance = random.Random(seed)
+    saver = saver_on(rank, folder)
+    told = []
+    for step in range(1, rounds + 1):
+        node, delay, where = chance.choice("abc"), chance.random() / 15, chance.choice(["", "{node}/"])
+        saver.start(Collective())
+        Path(folder, f"pid-{NODES[rank]}").write_text(str(pid_of(saver)))
+        dist.barrier()
+        told.append(
+            save_or_say_why(saver, rank, step, f"{folder}/{where}run/step_{step}", (Path(folder, f"pid-{node}"), delay))
+        )
+        dist.barrier()
+    lost = torch.ones(())
+    while lost.any():
+        # what was lost is told once; what comes then works
+        why = save_or_say_why(saver, rank, 0, f"{folder}/run/last_{len(told)}")
+        told.append(why)
+        lost = torch.tensor(float(why != "committed"))
+        dist.all_reduce(lost, dist.ReduceOp.MAX)
+    assert len(told) <= rounds + 3
+    saver.close()
+    return told
+
+
+def kill_agent(pid: Path) -> None:
+    """Kill the process that a file names, unless it has ended already."""
+    with contextlib.suppress(OSError):
+        if b"held_agent" in Path("/proc", pid.read_text(), "cmdline").read_bytes():
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def save_or_say_why(saver: AsyncSaver, rank: int, step: int, path: str, kill: tuple[Path, float] | None = None) -> str:
+    """Save, and some seconds after that was asked for, kill the process that is named in the file `kill[0]`."""
+    killer = None
+    if rank == 0 and kill is not None:
+        killer = threading.Timer(kill[1], kill_agent, [kill[0]])
+        killer.start()
+    try:
+        saver.save(state_of(rank, step), path).wait(30)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        if killer is not None:
+            killer.join()
+    return "committed"
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seed"), [(4, 1), *(pytest.param(100, seed, marks=pytest.mark.soak) for seed in range(2, 8))]
+)
+def test_whichever_agent_dies_when_a_save_is_whole_or_absent_and_the_next_one_works(
+    rounds: int, seed: int, tmp_path: Path
+) -> None:
+    everyone = run_ranks(kill_at_random, 5, str(tmp_path), rounds, seed, timeout=280)
+    whole = 0
+    for step in range(1, rounds + 1):
+        for path in (tmp_path / "run" / f"step_{step}", tmp_path / "{node}" / "run" / f"step_{step}"):
+            try:
+                assert_saved(path, 5, step)
+                whole += 1
+            except CheckpointNotFoundError:
+                pass
+        committed = [told[step - 1] == "committed" for told in everyone]
+        if any(committed):
+            assert any(
+                (tmp_path / where / "run" / f"step_{step}" / "manifest.json").exists() for where in ("", "a", "b", "c")
+            )
+    print(f"{rounds} agents were killed; {whole} saves were committed, {rounds - whole} were lost")
+    assert_agents_end_or_were_killed(tmp_path)
+
+
+def assert_agents_end_or_were_killed(folder: Path) -> None:
+    """The homes of those that were killed last are still there, unlocked; whoever starts an agent removes them."""
+    make = make_home()
+    shutil.rmtree(make.path)
+    os.close(make.lock)
+    assert_agents_end(folder)

@@ -92,21 +92,30 @@ def test_what_is_due_elsewhere_and_not_there_yet_is_not_pruned(tmp_path: Path) -
     assert saved(tmp_path / "run") == [9]
 
 
-def test_what_would_be_pruned_there_at_once_is_not_sent(tmp_path: Path) -> None:
-    far = tmp_path / "far"
+def with_a_backlog(rank: int, world_size: int, folder: str) -> None:
+    os.environ["CKPT_EVENTS"] = f"jsonl:{folder}/events"
+    far = Path(folder, "far")
     far.touch()
 
     def mend(loop: Any, step: int) -> None:
         if step == 8:
-            until(lambda: saved(tmp_path / "run")[-1:] == [7], "step 7 to be committed")
+            until(lambda: saved(Path(folder, "run"))[-1:] == [7], "step 7 to be committed")
             far.unlink()
-            far.mkdir()
-            # from now on a copy would be seen
-            os.utime(far, (1, 1))
 
-    train(tmp_path / "run", 8, mend, tiers=[ckpt.Disk(every=1), ckpt.Disk(far, keep=2)])
-    assert saved(far)[-1:] == [8]
-    assert len(saved(far)) <= 2
+    train(Path(folder, "run"), 8, mend, tiers=[ckpt.Disk(every=1), ckpt.Disk(far, keep=2)])
+
+
+def test_what_would_be_pruned_there_at_once_is_not_sent(tmp_path: Path) -> None:
+    run_ranks(with_a_backlog, 1, str(tmp_path))
+    assert saved(tmp_path / "far") == [7, 8]
+
+    def copied() -> set[int]:
+        lines = [json.loads(line) for file in (tmp_path / "events").iterdir() for line in file.read_text().splitlines()]
+        ended = [line for line in lines if line["event"] == "operation_ended" and line["operation"] == "copy"]
+        return {line["step"] for line in ended if line["error"] is None}
+
+    until(lambda: 8 in copied(), "the agent's events")
+    assert copied() <= {6, 7, 8}
 
 
 def test_damage_on_the_first_level_does_not_travel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

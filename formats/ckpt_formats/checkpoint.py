@@ -17,7 +17,7 @@ import numpy as np
 from ckpt_formats import values
 from ckpt_formats.arrays import AnyArray
 from ckpt_formats.dtypes import DType
-from ckpt_formats.errors import FormatError, MissingTensorError, StoreError
+from ckpt_formats.errors import CheckpointNotFoundError, FormatError, MissingTensorError, StoreError
 from ckpt_formats.geometry import Box
 from ckpt_formats.json_text import parse_json
 from ckpt_formats.locations import LocationMap
@@ -251,8 +251,11 @@ def _hold(folder: str) -> Hold | None:
         return hold(root_folder(folder))
     except StoreError:
         raise
+    except CheckpointNotFoundError:
+        open_native(folder)  # says better what is there instead
+        raise  # it is being removed
     except OSError:
-        return None  # that it is not there, or can't be read, is better said by who reads it
+        return None  # why it can't be read is better said by who reads it
 
 
 def _bounding_box(shape: tuple[int, ...], index: tuple[Index, ...]) -> tuple[Box, tuple[int | slice, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_formats import locks
+from ckpt_formats.checkpoint import open_checkpoint
 from ckpt_formats.errors import CheckpointNotFoundError
 from ckpt_formats.locks import alone, held
 from tests.formats.native.whole import write_whole
@@ -50,6 +52,20 @@ def test_who_has_it_alone_for_long_is_not_waited_for_for_ever(checkpoint: str, m
     monkeypatch.setattr(locks, "PATIENCE_S", 0.05)
     with alone(checkpoint), pytest.raises(CheckpointNotFoundError, match="being removed"), held(checkpoint):
         pass
+    with alone(checkpoint), pytest.raises(CheckpointNotFoundError, match="being removed"):
+        open_checkpoint(checkpoint)
+
+
+def test_what_is_open_is_held_until_it_is_closed_or_forgotten(checkpoint: str) -> None:
+    with open_checkpoint(checkpoint), alone(checkpoint) as free:
+        assert not free
+    opened = open_checkpoint(checkpoint)
+    with alone(checkpoint) as free:
+        assert not free
+    del opened
+    gc.collect()
+    with alone(checkpoint) as free:
+        assert free
 
 
 def test_a_killed_process_lets_go(checkpoint: str) -> None:

@@ -86,6 +86,8 @@ def test_who_comes_while_it_is_removed_is_told_that_it_is_not_there(run: str, mo
         assert free
         with pytest.raises(CheckpointNotFoundError), held(f"{run}/step_1"):
             pass
+        with pytest.raises(CheckpointNotFoundError, match="being removed"):
+            ckpt.open(f"{run}/step_1")
         ObjectStore(run).remove(f"{run}/step_1/manifest.json")
         with pytest.raises(CheckpointNotFoundError), held(f"{run}/step_1"):
             pass

@@ -147,6 +147,19 @@ def _parts(name: str) -> tuple[str, str, str]:
 
 def _inspect(path: str) -> Found | None:
     """What a folder is, None when it is nothing of this format."""
+    found = None
+    try:
+        found = _look(path)
+        whole = found is None or found.state in (State.WHOLE, State.NOT_COMMITTED)
+    except FileNotFoundError:
+        whole = False
+    if whole or any(os.path.lexists(os.path.join(folder, names.MANIFEST)) for folder in folders_of(path)):
+        return found
+    # what was amiss is that it was removed while it was looked at
+    return _look(path)
+
+
+def _look(path: str) -> Found | None:
     try:
         folder = root_folder(path)
     except CheckpointNotFoundError:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from ckpt_formats import runs
 from ckpt_formats.errors import CheckpointNotFoundError
 from ckpt_formats.native.reader import read_root
+from ckpt_formats.native.root import Root
 from ckpt_formats.runs import State, find_checkpoints
 from tests.formats.native.tampering import Tampered
 from tests.formats.native.whole import files_of, write_whole
@@ -93,6 +95,24 @@ def test_when_it_was_saved_is_told_if_that_is_a_time(
     copy.root["provenance"]["created"] = created
     copy.write(tmp_path / "copy")
     assert find_checkpoints(tmp_path / "copy")[0].created == expected
+
+
+@pytest.mark.parametrize("when", ["before its root is read", "after its root was read"])
+def test_what_is_removed_while_it_is_looked_at_is_not_there(
+    when: str, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        shutil.copytree(original, tmp_path / f"step_{step}")
+
+    def read(folder: str) -> Root:
+        if not folder.endswith("step_1"):
+            return read_root(folder)
+        root = read_root(folder) if when.startswith("after") else None
+        shutil.rmtree(folder)
+        return root or read_root(folder)
+
+    monkeypatch.setattr(runs, "read_root", read)
+    assert [(item.path, item.state) for item in find_checkpoints(tmp_path)] == [(f"{tmp_path}/step_2", State.WHOLE)]
 
 
 def test_no_folder_is_an_error(tmp_path: Path) -> None:

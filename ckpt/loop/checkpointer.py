@@ -72,6 +72,8 @@ class Checkpointer:
         on_error: what follows upon a save that fails: "log" says so and trains on, "raise" raises at the end of a
             later step, on every rank. A state that can't be saved at all is raised at once in either case.
         capture: as for `ckpt.async_save`.
+        memory: bytes of shared memory that the captures of a rank may take; by default three times what it writes. It
+            is made on entering, so that the first save is as fast as the others.
         process_group: the ranks that take part; the default group when there is one, else this process alone.
 
     Attributes:
@@ -96,6 +98,7 @@ class Checkpointer:
         signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1),
         on_error: Literal["log", "raise"] = "log",
         capture: CaptureMode = "lazy",
+        memory: int | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         if is_url(os.fspath(run)):
@@ -115,6 +118,7 @@ class Checkpointer:
         self._mtbf = None if mtbf is None else seconds(mtbf, "mtbf")
         self._raises = on_error == "raise"
         self._capture: CaptureMode = capture
+        self._memory = memory
         self._process_group = process_group
         self._interruption = Interruption(signals, preemption)
         self._metrics: dict[str, float] = {}
@@ -157,9 +161,11 @@ class Checkpointer:
                 self.step, self.resumed = resumed
                 self._saved = resumed.step
             claim = None if self._lead is None else self._lead.claim.fd
-            self._saver = AsyncSaver(launcher=launcher(self.path, self.levels, claim), follow=False)
+            self._saver = AsyncSaver(
+                launcher=launcher(self.path, self.levels, claim), follow=False, memory=self._memory
+            )
             stack.callback(self._saver.close)
-            self._saver.start(group)
+            self._saver.start(group, self._state)
             if self._lead is not None:
                 self._lead.follow(self._saver)
             self._interruption.start()

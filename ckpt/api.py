@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -64,6 +64,9 @@ def async_save(
     step: int | None = None,
     process_group: ProcessGroup | None = None,
     capture: CaptureMode = "lazy",
+    memory: int | None = None,
+    compress: bool | Literal["auto"] = False,
+    bandwidth: float | None = None,
 ) -> PendingSave:
     """Save a training state without stopping the training; returns as soon as it may go on.
 
@@ -78,6 +81,11 @@ def async_save(
             node writes to a disk of its own.
         capture: "eager" copies everything before this returns, for those who change parameters by other means than
             `optimizer.step` (or wait for `pending.captured()` before they do).
+        memory: bytes of shared memory that this rank's captures may take, all saves under way together; by default
+            three times what it writes. A state that is larger goes through in pieces, while the training waits.
+        compress: as for `save`, by the agent; "auto" compresses for as long as the storage is measured to be so slow
+            that it pays. A state that goes through in pieces is not compressed.
+        bandwidth: bytes per second at which the agent of this node may write; by default as fast as it can.
 
     Returns a handle: `captured()`, `committed()`, `wait()`, `done()`, `result()`. A save that failed says so there,
     and at the next `async_save`.
@@ -85,7 +93,17 @@ def async_save(
     Raises what `save` raises when the state can't be saved, and SaveFailedError or RankError when an agent can't be
     started or reached.
     """
-    return _async_saver.save(state, path, step=step, process_group=process_group, capture=capture)
+    if memory is not None:
+        _async_saver.declare(memory)
+    return _async_saver.save(
+        state,
+        path,
+        step=step,
+        process_group=process_group,
+        capture=capture,
+        compress=compress,
+        bandwidth=bandwidth,
+    )
 
 
 def load(

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ckpt.agent.arena import MappedArena
 from ckpt.agent.homes import make_home
@@ -38,6 +38,7 @@ SILENCE = 30.0
 """Seconds without an answer after which the agent counts as gone."""
 
 
+Compress = bool | Literal["auto"]
 Launcher = Callable[[], str]
 """Starts an agent on this node, in whatever way, and returns its address."""
 
@@ -184,6 +185,8 @@ class AgentClient:
         step: int | None,
         *,
         more: bool = False,
+        compress: Compress = False,
+        bandwidth: float | None = None,
     ) -> None:
         """Hand a filled slot to the agent, for the checkpoint in folder `path`.
 
@@ -191,6 +194,7 @@ class AgentClient:
             nbytes: what lies in it.
             files: the files that begin in it, with their chunks.
             more: whether another slot will go on where this one ends; until then, the rank is not done.
+            compress, bandwidth: see ckpt.async_save.
         """
         self._ask(
             {
@@ -203,6 +207,8 @@ class AgentClient:
                 "files": files,
                 "path": path,
                 "step": step,
+                "compress": compress,
+                "bandwidth": bandwidth,
             }
         )
 

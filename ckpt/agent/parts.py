@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 from ckpt.agent.arena import Arena
 from ckpt.agent.crew import Committer
-from ckpt.agent.writing import CapturedFile, FileWriter
+from ckpt.agent.link import Link, LinkedFiles
+from ckpt.agent.writing import Captured, CapturedFile, FileWriter
 from ckpt.saving.commit import Part
-from ckpt.storage.data_file import WrittenFile
+from ckpt.storage.data_file import Chunk, Staging, WrittenFile, write_data_file
 from ckpt.storage.files import ALIGNMENT, Files
+from ckpt_formats.dtypes import dtype as dtype_named
 from ckpt_formats.errors import CheckpointError, SaveFailedError
 
 AT_ONCE = 4
@@ -32,6 +34,34 @@ class Piece(NamedTuple):
     begin: Sequence[CapturedFile]
     """Files that begin in it; without any, it goes on with the one before."""
     nbytes: int
+    compress: bool | str = False
+    """"auto" for as long as the link is slow."""
+
+
+class Output:
+    """What all parts of an agent share on their way out.
+
+    Attributes:
+        files: the file system, by way of the link.
+        link: how fast it is, and may be.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self.link = Link()
+        self.files = LinkedFiles(files, self.link)
+        self.turn = threading.Semaphore(AT_ONCE)
+        self._compressing = threading.Lock()
+        self._staging: Staging | None = None
+
+    def write_compressed(self, folder: str, captured: CapturedFile, memory: memoryview) -> WrittenFile:
+        """Write a file that lies whole in memory, compressed: one at a time, by all CPUs. Raises OSError."""
+        chunks = [
+            Chunk(chunk.name, dtype_named(chunk.dtype), chunk.shape, chunk.box, Captured(memory, chunk.start))
+            for chunk in captured.chunks
+        ]
+        with self._compressing:
+            self._staging = self._staging or Staging()
+            return write_data_file(self.files, folder, captured.path, chunks, self._staging, compress=True)
 
 
 class PartWriter:
@@ -39,19 +69,17 @@ class PartWriter:
 
     def __init__(
         self,
-        files: Files,
+        output: Output,
         committer: Committer,
-        turn: threading.Semaphore,
         attempt: str,
         path: str,
         rank: int,
         release: Callable[[Arena, int], None],
         ended: Callable[[], None],
     ) -> None:
-        """Args: `turn` is held while bytes are written; `release` gives a slot back that was written."""
-        self._files = files
+        """`release` gives a slot back that was written."""
+        self._output = output
         self._committer = committer
-        self._turn = turn
         self._attempt = attempt
         self._path = path
         self._rank = rank
@@ -98,7 +126,7 @@ class PartWriter:
         while not isinstance(what := self._queue.get(), bool):
             try:
                 if self.failure is None and not self._committer.failing(self._attempt):
-                    with self._turn, self._committer.phase(self._attempt, self._rank) as phase:
+                    with self._output.turn, self._committer.phase(self._attempt, self._rank) as phase:
                         phase.bytes = what.nbytes
                         self._write(what, stack)
             except Exception as error:  # noqa: BLE001 - it is told at the end, and to whoever brings the next piece
@@ -116,11 +144,20 @@ class PartWriter:
         at = 0
         for captured in piece.begin:
             self._names.append([chunk.name for chunk in captured.chunks])
-            self._writer = stack.enter_context(FileWriter(self._files, self._path, captured))
+            if self._compresses(piece, captured):
+                self._written.append(self._output.write_compressed(self._path, captured, memory[at:]))
+                at += -(-captured.size // ALIGNMENT) * ALIGNMENT
+                continue
+            self._writer = stack.enter_context(FileWriter(self._output.files, self._path, captured))
             self._left = captured.size
             count = min(captured.size, piece.nbytes - at)
             self._go_on(memory[at:], count, stack)
             at += -(-count // ALIGNMENT) * ALIGNMENT
+
+    def _compresses(self, piece: Piece, captured: CapturedFile) -> bool:
+        """Whether a file that begins in a piece is compressed: what comes in pieces is not."""
+        wanted = self._output.link.slow if piece.compress == "auto" else bool(piece.compress)
+        return wanted and captured.size <= piece.nbytes
 
     def _go_on(self, memory: memoryview, nbytes: int, stack: contextlib.ExitStack) -> None:
         if self._writer is None:

@@ -22,7 +22,7 @@ import torch
 
 from ckpt import collector
 from ckpt.agent.arena import PAGE
-from ckpt.agent.client import AgentClient, Launcher, Slot, launch
+from ckpt.agent.client import AgentClient, Compress, Launcher, Slot, launch
 from ckpt.agent.fence import Fence
 from ckpt.agent.outcomes import Outcomes
 from ckpt.agent.server import describe
@@ -256,6 +256,12 @@ class AsyncSaver:
             self._worker.do(partial(self._reserve, self._client, nbytes))
         return self._client
 
+    def prepared(self, timeout: float = SLOT_TIMEOUT) -> bool:
+        """Wait until what `start` does in the background is done; whether it was in time."""
+        done = threading.Event()
+        self._worker.do(done.set)
+        return done.wait(timeout)
+
     def _reserve(self, client: AgentClient, nbytes: int) -> None:
         try:
             client.reserve(nbytes, self._memory)
@@ -286,8 +292,14 @@ class AsyncSaver:
         step: int | None = None,
         process_group: ProcessGroup | None = None,
         capture: CaptureMode = "lazy",
+        compress: Compress = False,
+        bandwidth: float | None = None,
     ) -> PendingSave:
         """See ckpt.async_save."""
+        if bandwidth is not None and not bandwidth > 0:
+            raise ConfigurationError(
+                f"bandwidth={bandwidth} is no number of bytes per second; give more than 0, or None"
+            )
         begin = time.perf_counter()
         group = Collective(process_group)
         client = self.start(group)
@@ -297,6 +309,7 @@ class AsyncSaver:
             slot: Slot | None = None
             try:
                 begun = self._agree(client, group, attempt, process_group, state)
+                begun = begun._replace(compress=compress, bandwidth=bandwidth)
                 client = begun.client
             except BaseException as error:
                 attempt.discard()
@@ -452,7 +465,16 @@ class AsyncSaver:
         try:
             if failed is None:
                 table = _table(form.files, begun.attempt, client.rank)
-                client.captured(begun.attempt, slot, form.nbytes, table, pending.path, pending.step)
+                client.captured(
+                    begun.attempt,
+                    slot,
+                    form.nbytes,
+                    table,
+                    pending.path,
+                    pending.step,
+                    compress=begun.compress,
+                    bandwidth=begun.bandwidth,
+                )
             else:
                 client.abandon(begun.attempt, slot, failed)
         except CheckpointError as lost:
@@ -499,8 +521,16 @@ class AsyncSaver:
                         slot = self._slot(client, nbytes, pending.path, said=False)
                     fill(laid, own, at, slot.view[:nbytes])
                     more = laid is not form.files[-1] or at + nbytes < laid.layout.size
-                    begins = [] if at else [row]
-                    client.captured(begun.attempt, slot, nbytes, begins, pending.path, pending.step, more=more)
+                    client.captured(
+                        begun.attempt,
+                        slot,
+                        nbytes,
+                        [] if at else [row],
+                        pending.path,
+                        pending.step,
+                        more=more,
+                        bandwidth=begun.bandwidth,
+                    )
         operation.end()
         pending.handed.set()
 
@@ -509,9 +539,7 @@ class AsyncSaver:
         slot = self._use_spare(client, nbytes) or client.slot(nbytes, self._memory, 0.0)
         if slot is None:
             # what is captured, but not handed to the agent yet, would never be written while this waits
-            handed = threading.Event()
-            self._worker.do(handed.set)
-            handed.wait(SLOT_TIMEOUT)
+            self.prepared()
             # nor would a slot that was taken for this save meanwhile come free
             slot = self._use_spare(client, nbytes) or client.slot(nbytes, self._memory, SAID)
         if slot is None:
@@ -547,6 +575,8 @@ class _Begun(NamedTuple):
     sources: Sequence[Readable]
     open: Callable[[], None] | None
     """Opens it at the agent, where this is rank 0 and that was not done yet."""
+    compress: Compress = False
+    bandwidth: float | None = None
 
 
 def _open(begun: _Begun) -> BaseException | None:
@@ -569,7 +599,7 @@ def _table(files: Sequence[Laid], attempt: str, rank: int) -> list[Any]:
     table = []
     for number, laid in enumerate(files):
         chunks = [
-            [chunk.name, *chunk.box, start, chunk.nbytes]
+            [chunk.name, *chunk.box, start, chunk.nbytes, chunk.dtype.name, chunk.shape]
             for chunk, start in zip(laid.chunks, laid.layout.starts, strict=True)
         ]
         table.append([names.data_path(rank, number, attempt), len(laid.layout.header), laid.layout.size, chunks])

@@ -20,7 +20,7 @@ from ckpt.agent.arena import Arena, pages
 from ckpt.agent.crew import Committer, Crew
 from ckpt.agent.following import Follower
 from ckpt.agent.leading import Leader
-from ckpt.agent.parts import AT_ONCE, PartWriter, Piece
+from ckpt.agent.parts import Output, PartWriter, Piece
 from ckpt.agent.wire import Channel, Message
 from ckpt.agent.writing import CapturedChunk, CapturedFile
 from ckpt.saving.commit import Contents
@@ -59,7 +59,7 @@ class Agent:
         self._broken = False
         self._parts: dict[tuple[str, int], PartWriter] = {}
         """By attempt and rank, of those of which more pieces may come."""
-        self._turn = threading.Semaphore(AT_ONCE)
+        self._output = Output(self._files)
         self._writing = 0
         self._arena_count = 0
         self._idle_since: float | None = None
@@ -239,11 +239,16 @@ class Agent:
                 path,
                 header,
                 size,
-                [CapturedChunk(name, Box(tuple(o), tuple(s)), start, n) for name, o, s, start, n in chunks],
+                [
+                    CapturedChunk(name, Box(tuple(offsets), tuple(sizes)), start, nbytes, dtype, tuple(shape))
+                    for name, offsets, sizes, start, nbytes, dtype, shape in chunks
+                ],
             )
             for path, header, size, chunks in message["files"]
         ]
-        return Piece(self._arenas[message["arena"]], int(message["slot"]), files, int(message["bytes"]))
+        self._output.link.limit(message["bandwidth"])
+        arena = self._arenas[message["arena"]]
+        return Piece(arena, int(message["slot"]), files, int(message["bytes"]), message["compress"])
 
     def _part(self, message: Message) -> PartWriter:
         """What writes a rank's part of a save. Raises what has kept it from writing."""
@@ -259,9 +264,7 @@ class Agent:
         if part is None:
             with self._changed:
                 self._writing += 1
-            part = PartWriter(
-                self._files, self._committer, self._turn, attempt, path, rank, self._release, self._part_ended
-            )
+            part = PartWriter(self._output, self._committer, attempt, path, rank, self._release, self._part_ended)
             with self._changed:
                 self._parts[attempt, rank] = part
         return part

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import numpy as np
+
 from ckpt.storage.data_file import BUFFER, WRITERS, WrittenFile
 from ckpt.storage.files import ALIGNMENT, Files
 from ckpt_formats.digest import BLOCK_SIZE, Hasher, combine, digest
@@ -24,8 +26,11 @@ class CapturedChunk(NamedTuple):
     name: str
     box: Box
     start: int
-    """From the beginning of the slot, which is the beginning of the file."""
+    """From the beginning of the file."""
     nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    """Global shape of its tensor."""
 
 
 class CapturedFile(NamedTuple):
@@ -38,6 +43,19 @@ class CapturedFile(NamedTuple):
     size: int
     """Bytes of the whole."""
     chunks: Sequence[CapturedChunk]
+
+
+class Captured:
+    """The bytes of a chunk in a slot."""
+
+    def __init__(self, memory: memoryview, start: int) -> None:
+        self._memory = memory
+        self._start = start
+
+    def read(self, start: int, stop: int, into: memoryview) -> None:
+        """Fill `into` with bytes start..stop."""
+        source = self._memory[self._start + start : self._start + stop]
+        np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(source, np.uint8))
 
 
 class FileWriter:

@@ -1,0 +1,98 @@
+"""What is promised of the way to the disk: never faster than asked, and compressed where that pays."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckpt
+from ckpt.agent.link import SLOW, Link
+from ckpt.storage.files import File, Files
+from ckpt_formats.errors import ConfigurationError
+from ckpt_formats.verify import verify
+from tests.agent.test_async_save import agent_here
+
+MIB = 1 << 20
+
+
+class Slowed(Files):
+    """A disk that takes so many bytes per second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.speed = 1e12
+
+    def create(self, path: str, *, direct: bool) -> File:
+        file = super().create(path, direct=direct)
+        write = file.write
+
+        def slowly(data: memoryview, at: int) -> None:
+            time.sleep(len(data) / self.speed)
+            write(data, at)
+
+        file.write = slowly  # type: ignore[method-assign]
+        return file
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    """As compressible as trained ones: their exponents are alike."""
+    torch.manual_seed(seed)
+    return {"w": torch.randn(5 * MIB) / 100}
+
+
+def stored(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path / "data").iterdir())
+
+
+def test_the_agent_writes_no_faster_than_it_was_asked_to(tmp_path: Path) -> None:
+    with agent_here(tmp_path, Files()) as saver:
+        saver.save(weights(0), tmp_path / "a").wait(60)
+        begin = time.monotonic()
+        saver.save(weights(0), tmp_path / "b", bandwidth=20 * MIB).wait(60)
+        assert time.monotonic() - begin > 0.95
+        # and as fast as it can again
+        begin = time.monotonic()
+        saver.save(weights(0), tmp_path / "c").wait(60)
+        assert time.monotonic() - begin < 0.95
+        with pytest.raises(ConfigurationError, match="bandwidth=0"):
+            saver.save(weights(0), tmp_path / "d", bandwidth=0)
+
+
+def test_compression_comes_with_a_slow_link_and_goes_with_a_fast_one(tmp_path: Path) -> None:
+    disk = Slowed()
+    with agent_here(tmp_path, disk) as saver:
+        for k in range(2):
+            saver.save(weights(k), tmp_path / str(k), compress="auto").wait(60)
+        disk.speed = SLOW / 20
+        for k in range(2, 8):
+            saver.save(weights(k), tmp_path / str(k), compress="auto").wait(60)
+    whole = 5 * MIB * 4
+    assert stored(tmp_path / "1") >= whole
+    assert stored(tmp_path / "7") < 0.95 * whole
+    for k in (1, 7):
+        assert verify(tmp_path / str(k)).intact
+        with ckpt.open(tmp_path / str(k)) as checkpoint:
+            assert torch.equal(checkpoint["w"][:], weights(k)["w"])
+
+
+def test_a_link_that_becomes_fast_is_known_to_be() -> None:
+    link = Link()
+    assert not link.slow
+    link.do(lambda: time.sleep(0.2), 16 * MIB)
+    assert link.slow
+    link.do(lambda: time.sleep(0.05), 1 << 30)
+    assert not link.slow
+
+
+def test_what_was_asked_for_is_compressed_whatever_the_link(tmp_path: Path) -> None:
+    state = weights(0) | {"small": torch.arange(5), "half": torch.randn(100_000).bfloat16()}
+    with agent_here(tmp_path, Files()) as saver:
+        saver.save(state, tmp_path / "a", compress=True).wait(60)
+    assert verify(tmp_path / "a").intact
+    assert stored(tmp_path / "a") < 0.95 * 5 * MIB * 4
+    with ckpt.open(tmp_path / "a") as checkpoint:
+        for name, tensor in state.items():
+            assert torch.equal(checkpoint[name][...], tensor)

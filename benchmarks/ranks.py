@@ -59,8 +59,8 @@ class RankFunction(Protocol):
     def __call__(self, group: Group, *args: Any) -> Any: ...
 
 
-def run_ranks(fn: RankFunction, size: int, *args: Any, say: Callable[[str], None]) -> Any:
-    """Run `fn(group, *args)` in `size` new processes and return rank 0's result.
+def run_ranks(fn: RankFunction, size: int, *args: Any, say: Callable[[str], None], children: bool = False) -> Any:
+    """Run `fn(group, *args)` in `size` new processes and return rank 0's result. With `children` they may have some.
 
     Raises BenchmarkFailedError when a rank does, after the others were stopped.
     """
@@ -73,7 +73,10 @@ def run_ranks(fn: RankFunction, size: int, *args: Any, say: Callable[[str], None
             for rank in range(size):
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_rank_main, args=(fn, rank, size, rendezvous, theirs, args), name=f"rank {rank}", daemon=True
+                    target=_rank_main,
+                    args=(fn, rank, size, rendezvous, theirs, args),
+                    name=f"rank {rank}",
+                    daemon=not children,
                 )
                 process.start()
                 theirs.close()

@@ -44,13 +44,13 @@ log = logging.getLogger("ckpt.agent")
 
 
 @dataclass(frozen=True, slots=True)
-class _Steps:
-    """Keeps given steps: those that are still to go elsewhere."""
+class _AllBut:
+    """Keeps everything but given steps: what is still to go elsewhere, and what was committed since anybody looked."""
 
     steps: AbstractSet[int]
 
     def keeps(self, saved: Sequence[Saved]) -> AbstractSet[int]:
-        return self.steps & {item.step for item in saved}
+        return {item.step for item in saved} - self.steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,12 +234,12 @@ class Flow(Aftermath):
             self._record(item)
         if self._first.keep is None or self._taken_over():
             return None
-        owed: set[int] = set()
+        removable = {item.step for item in self._on_disk()}
         for place in self._places:
             if place.present is None:
                 return None  # who looks there wakes this one up
-            owed.update(item.step for item in self._owed(place))
-        report = prune(self._folder, Any(self._first.keep, _Steps(owed)))
+            removable.difference_update(item.step for item in self._owed(place))
+        report = prune(self._folder, Any(self._first.keep, _AllBut(removable)))
         self._pruning = f"{report.failed[0][0]}: {report.failed[0][1]}" if report.failed else None
         if report.removed:
             with self._condition:

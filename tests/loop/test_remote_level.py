@@ -69,8 +69,8 @@ def test_a_store_that_fails_for_a_while_costs_the_training_nothing_and_gets_all_
             until(lambda: there("s3://box/b") == [1, 2], "steps 1 and 2 to be there")
             server.fault = lambda *_: "503"
         if step == 8:
-            # nothing that is due there was pruned
-            until(lambda: saved(tmp_path / "run")[-1:] == [7], "step 7 to be committed")
+            # not always in the order of the steps; nothing that is due there was pruned
+            until(lambda: {3, 4, 5, 6, 7} <= set(saved(tmp_path / "run")), "steps 3 to 7 to be committed")
             during.extend(saved(tmp_path / "run"))
             server.calm()
 

@@ -137,6 +137,9 @@ class Flow(Aftermath):
             behind = [name for name, done in self._done.items() if done < self._wakes]
         if not behind or self._over:
             return True
+        if not os.path.isdir(self._run_folder):
+            log.warning("%s: the run was removed, so there is nothing left to do for its levels", self._run_folder)
+            return True
         if self._claim is not None and held_by_another(self._run_folder):
             log.warning("%s: another job goes on with this run, and with what is not on all levels", self._run_folder)
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,13 @@ def test_what_is_committed_while_the_first_level_is_pruned_stays_until_it_is_on_
     monkeypatch.setattr(flow, "prune", late)
     looking._keep_first()
     assert sorted(path.name for path in run.glob("step_*")) == [names.step_folder(2), names.step_folder(3)]
+
+
+def test_an_agent_stays_for_what_is_due_but_not_for_a_run_that_was_removed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    looking = Flow(str(run), settle(str(run), [ckpt.Disk(every=1)], None, None), str(tmp_path), None)
+    looking._done = {"disk": -1}
+    assert not looking.finished()
+    shutil.rmtree(run)
+    assert looking.finished()

@@ -32,7 +32,10 @@ class RawMemory:
 
     def __init__(self, nbytes: int, seed: int) -> None:
         self.nbytes = nbytes
-        self._map = mmap.mmap(-1, nbytes)
+        self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # a direct write from scattered small pages takes more requests
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._map)
         self._array = np.frombuffer(self._map, dtype=np.uint8)
         generator = np.random.Generator(np.random.SFC64(seed))

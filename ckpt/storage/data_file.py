@@ -27,6 +27,7 @@ from ckpt_formats.codecs import EXPONENT_ZSTD, KNOWN, RAW, table_row, table_size
 from ckpt_formats.digest import BLOCK_SIZE, Hasher, combine, digest, hexdigest
 from ckpt_formats.dtypes import DType
 from ckpt_formats.geometry import Box
+from ckpt_formats.memory import scratch
 from ckpt_formats.native import index
 from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.names import chunk_key
@@ -84,7 +85,7 @@ class Staging:
         """A buffer; waits for one to be released when all are in use."""
         if self._unmade and self._free.empty():
             self._unmade -= 1
-            return mmap.mmap(-1, self.size)
+            return scratch(self.size)
         return self._free.get()
 
     def release(self, buffer: mmap.mmap) -> None:

@@ -36,6 +36,7 @@ from ckpt_formats.errors import CorruptionError
 from ckpt_formats.geometry import Box, flat_boxes, flat_hull, intersect_rows
 from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import ChunkRows, Manifest, TensorMeta
+from ckpt_formats.memory import scratch
 
 SPAN = 8 << 20
 """Bytes read at once, and the size of each thread's staging buffer."""
@@ -498,22 +499,14 @@ class _Staging:
 
     def view(self, size: int) -> memoryview:
         if self._buffer is None or len(self._buffer) < size:
-            self._buffer = _scratch(size)
+            self._buffer = scratch(size)
         return memoryview(self._buffer)[:size]
 
     def stored(self, size: int) -> memoryview:
         """A second buffer, for what has yet to be decoded."""
         if self._stored is None or len(self._stored) < size:
-            self._stored = _scratch(size)
+            self._stored = scratch(size)
         return memoryview(self._stored)[:size]
-
-
-def _scratch(size: int) -> mmap.mmap:
-    """Memory of our own, in huge pages where there are any: a fault for each small one costs as much as the read."""
-    buffer = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
 
 
 _position = itemgetter(_Piece._fields.index("source"), _Piece._fields.index("start"))

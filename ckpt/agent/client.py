@@ -144,8 +144,7 @@ class AgentClient:
         With `memory`, the arena is exactly so large, whatever is captured; else larger than what is asked for, and
         another one when that grows.
         """
-        message = {"op": "slot", "rank": self.rank, "bytes": nbytes, "memory": memory, "timeout": timeout}
-        answer = self._ask(message, timeout + ALLOCATE)
+        answer = self._from_arena({"op": "slot", "bytes": nbytes, "memory": memory}, timeout)
         if answer["slot"] is None:
             return None
         arena = self._mapped(answer["arena"])
@@ -153,8 +152,30 @@ class AgentClient:
 
     def reserve(self, nbytes: int, memory: int | None) -> None:
         """Have the arena made, as large as `slot` with the same arguments would, so that that need not wait."""
-        message = {"op": "reserve", "rank": self.rank, "bytes": nbytes, "memory": memory}
-        self._mapped(self._ask(message, ALLOCATE)["arena"])
+        self._mapped(self._from_arena({"op": "reserve", "bytes": nbytes, "memory": memory}, 0.0)["arena"])
+
+    def _from_arena(self, message: Message, timeout: float) -> Message:
+        """Ask for the arena, or for a slot in it for at most `timeout` seconds from when it is made.
+
+        It is asked again and again, so that an agent that hangs is found out, and so that others may ask meanwhile.
+        """
+        made_by = time.monotonic() + ALLOCATE
+        deadline: float | None = None
+        while True:
+            now = time.monotonic()
+            left = timeout if deadline is None else max(0.0, deadline - now)
+            waits = {"timeout": min(left, ASKED_EVERY), "patience": ASKED_EVERY}
+            answer = self._ask({**message, **waits, "rank": self.rank}, 2 * ASKED_EVERY + SILENCE)
+            if answer.get("making"):
+                if now > made_by:
+                    raise SaveFailedError(
+                        f"memory for the captures of rank {self.rank} was not made within {ALLOCATE:.0f} s; declare "
+                        "less with memory=…"
+                    )
+                continue
+            deadline = deadline or now + timeout
+            if left <= ASKED_EVERY or answer.get("slot") is not None or "slot" not in answer:
+                return answer
 
     def _mapped(self, path: str) -> MappedArena:
         if self._arena is None or self._arena.path != path:

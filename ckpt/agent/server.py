@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from ckpt.agent import peers
@@ -53,6 +54,8 @@ class Agent:
         """By path; those that were outgrown stay for as long as a save lies in them."""
         self._newest: dict[int, Arena] = {}
         """By rank."""
+        self._making: dict[int, Future[None]] = {}
+        """By rank: done when the arena that is being made for it is there, or can't be had."""
         self._trainers: set[int] = set()
         self._watchers: set[Channel] = set()
         """Connections that are closed when no further save can be begun."""
@@ -179,30 +182,65 @@ class Agent:
 
     def _slot(self, message: Message) -> Message:
         arena = self._arena(message)
+        if arena is None:
+            return {"making": True}
         slot = arena.acquire(int(message["bytes"]), float(message["timeout"]))
         return {"arena": arena.path, "slot": slot}
 
     def _reserve(self, message: Message) -> Message:
         """Make an arena before it is needed."""
-        return {"arena": self._arena(message).path}
+        arena = self._arena(message)
+        return {"making": True} if arena is None else {"arena": arena.path}
 
-    def _arena(self, message: Message) -> Arena:
-        """A rank's arena: as large as was declared, or large enough for several captures."""
+    def _arena(self, message: Message) -> Arena | None:
+        """A rank's arena: as large as was declared, or large enough for several captures.
+
+        None while it is still being made: that may take minutes, and whoever asks must hear meanwhile that this agent
+        is alive.
+        """
         rank, nbytes, memory = int(message["rank"]), int(message["bytes"]), message["memory"]
-        arena = self._newest.get(rank)
-        if arena is not None and (arena.size >= FEWEST * pages(nbytes) if memory is None else arena.size == memory):
-            return arena
+        while True:
+            with self._changed:
+                making = self._making.get(rank)
+                if making is None:
+                    arena = self._newest.get(rank)
+                    least = FEWEST * pages(nbytes)
+                    if arena is not None and (arena.size >= least if memory is None else arena.size == memory):
+                        return arena
+                    making = self._making[rank] = Future()
+                    size = CAPTURES * pages(nbytes) if memory is None else memory
+                    make = threading.Thread(
+                        target=self._make, args=(rank, size, making), name="ckpt-arena", daemon=True
+                    )
+                    make.start()
+            try:
+                making.result(float(message["patience"]))
+            except TimeoutError:
+                return None
+
+    def _make(self, rank: int, size: int, making: Future[None]) -> None:
+        """Make an arena, the rank's only one from now on; on a thread of its own."""
         with self._changed:
             self._arena_count += 1
             path = os.path.join(self._home, f"arena-{rank}-{self._arena_count}")
-        made = Arena(path, CAPTURES * pages(nbytes) if memory is None else memory)
+            outgrown = self._newest.get(rank)
+        failed: BaseException | None = None
+        try:
+            made = Arena(path, size)
+            with self._changed:
+                self._arenas[path] = self._newest[rank] = made
+            if outgrown is not None:
+                # unlinked, it lives until trainer and agent are done with what lies in it
+                outgrown.remove()
+                self._forget_if_idle(outgrown)
+        except BaseException as error:  # noqa: BLE001 - it is told to whoever asked for the arena
+            failed = error
         with self._changed:
-            self._arenas[path] = self._newest[rank] = made
-        if arena is not None:
-            # unlinked, it lives until trainer and agent are done with what lies in it
-            arena.remove()
-            self._forget_if_idle(arena)
-        return made
+            del self._making[rank]
+        if failed is None:
+            making.set_result(None)
+        else:
+            making.set_exception(failed)
 
     def _give_back(self, message: Message) -> Message:
         """A slot was not filled."""

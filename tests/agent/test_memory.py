@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 import torch
 
 import ckpt
+from ckpt.agent import client
+from ckpt.agent.client import AgentClient
 from ckpt.agent.saver import AsyncSaver
 from ckpt.collective import Collective
 from ckpt.storage.files import File, Files
-from ckpt_formats.errors import CheckpointNotFoundError, ConfigurationError, SaveFailedError
+from ckpt_formats.errors import CheckpointNotFoundError, ConfigurationError, RankError, SaveFailedError
 from ckpt_formats.verify import verify
 from tests.agent.test_async_save import Slow, agent_here, agents, until
 from tests.ranks import Killed, run_ranks
@@ -199,3 +202,46 @@ def test_the_memory_is_made_ahead_and_large_enough(tmp_path: Path) -> None:
         saver.save(state, tmp_path / "a").wait(60)
         # the slots that the optimizer did not have yet were counted
         assert arena_sizes(tmp_path / "home") == made
+
+
+def test_memory_that_takes_long_to_make_is_asked_for_until_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ASKED_EVERY", 0.001)
+    agent = AgentClient(client.launch(), 0)
+    try:
+        agent.reserve(100 * MIB, None)
+        slot = agent.slot(110 * MIB, None, 0.0)
+        assert slot is not None
+        slot.view[-1] = 1
+        larger = agent.slot(300 * MIB, None, 0.0)
+        assert larger is not None
+        assert larger.arena != slot.arena
+    finally:
+        agent.close()
+
+
+def stopped(pid: int) -> bool:
+    """Whether each thread of a process stands still."""
+    stats = [task.joinpath("stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
+@pytest.mark.parametrize("asked", ["slot", "full", "new memory"])
+def test_an_agent_that_hangs_is_found_out_by_who_waits_for_memory(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ASKED_EVERY", 0.2)
+    monkeypatch.setattr(client, "SILENCE", 1.0)
+    agent = AgentClient(client.launch(), 0)
+    try:
+        slot = agent.slot(2 * MIB, 2 * MIB, 0.0)
+        assert slot is not None
+        if asked != "full":
+            agent.release(slot)
+        os.kill(agent.pid, signal.SIGSTOP)
+        until(lambda: stopped(agent.pid))
+        begin = time.monotonic()
+        with pytest.raises(RankError, match="the agent does not answer"):
+            agent.slot(MIB, None if asked == "new memory" else 2 * MIB, 600.0)
+        assert time.monotonic() - begin < 20
+        assert not agent.alive()
+    finally:
+        os.kill(agent.pid, signal.SIGKILL)
+        agent.close()

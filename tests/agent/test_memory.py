@@ -236,7 +236,7 @@ def test_an_agent_that_hangs_is_found_out_by_who_waits_for_memory(asked: str, mo
         if asked != "full":
             agent.release(slot)
         os.kill(agent.pid, signal.SIGSTOP)
-        until(lambda: stopped(agent.pid))
+        until(lambda: stopped(agent.pid), "the agent to stop")
         begin = time.monotonic()
         with pytest.raises(RankError, match="the agent does not answer"):
             agent.slot(MIB, None if asked == "new memory" else 2 * MIB, 600.0)

@@ -6,13 +6,19 @@ wrote, or could not, and learn from it what became of the save (following.py). K
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ckpt.agent.wire import Message
 from ckpt.events import Phase
 from ckpt.saving.commit import Part
+
+KEPT = 256
+"""Finished saves of which everything is known."""
+REMEMBERED = 10_000
+"""Finished saves of which it is known what became of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,50 @@ def ranks_text(ranks: Iterable[int]) -> str:
             runs.append([rank, rank])
     text = ", ".join(str(a) if a == b else f"{a} to {b}" if b > a + 1 else f"{a}, {b}" for a, b in runs)
     return f"rank {text}" if len(runs) == 1 and runs[0][0] == runs[0][1] else f"ranks {text}"
+
+
+class Known(Protocol):
+    """A save, as far as an agent knows it."""
+
+    committed: bool
+    error: str | None
+    kind: str
+    """The error's class."""
+    bytes: int
+    seconds: float
+
+    @property
+    def over(self) -> bool: ...
+
+
+Kept = TypeVar("Kept", bound=Known)
+
+
+class Past:
+    """What became of the saves that are over, when everything else about them is forgotten: a trainer may keep a handle
+    for long before it asks.
+    """
+
+    def __init__(self) -> None:
+        self._ends: OrderedDict[str, tuple[bool, str | None, str, int, float]] = OrderedDict()
+
+    def forget(self, saves: OrderedDict[str, Kept]) -> None:
+        """Forget all but the outcome of what has been over for long."""
+        over = [attempt for attempt, save in saves.items() if save.over]
+        for attempt in over[:-KEPT]:
+            save = saves.pop(attempt)
+            self._ends[attempt] = (save.committed, save.error, save.kind, save.bytes, save.seconds)
+        while len(self._ends) > REMEMBERED:
+            self._ends.popitem(last=False)
+
+    def status(self, attempt: str) -> Message | None:
+        """What `Committer.wait` answers about a save that was forgotten; None if it was not, or for too long."""
+        end = self._ends.get(attempt)
+        if end is None:
+            return None
+        committed, error, kind, nbytes, seconds = end
+        known = {"captured": committed, "committed": committed, "error": error, "kind": kind}
+        return {**known, "bytes": nbytes, "seconds": seconds, "waits_for": [], "writes": []}
 
 
 class Committer(Protocol):

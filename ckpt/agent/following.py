@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 from ckpt.agent import peers
 from ckpt.agent.aftermath import Aftermath, Committed
-from ckpt.agent.crew import Crew, ranks_text
-from ckpt.agent.leading import KEPT
+from ckpt.agent.crew import Crew, Past, ranks_text
 from ckpt.agent.wire import BLOBS, Message, failure
 from ckpt.events import Operation, Phase
 from ckpt.saving.commit import Part
@@ -86,6 +85,7 @@ class Follower:
         self._broken = broken
         self._changed = threading.Condition()
         self._saves: OrderedDict[str, Save] = OrderedDict()
+        self._past = Past()
         self._welcome = threading.Event()
         self._requests = peers.connect(leader, secret, crew.node, "requests")
         self._news = peers.connect(leader, secret, crew.node, "news")
@@ -213,9 +213,7 @@ class Follower:
                     step=step,
                     operation=Operation("save", path, step=step, rank=ours[0], world_size=len(self._crew.nodes)),
                 )
-                over = [known for known, other in self._saves.items() if other.over]
-                for known in over[:-KEPT]:
-                    del self._saves[known]
+                self._past.forget(self._saves)
                 try:
                     for name in (names.DATA, names.INDEX):
                         self._files.make_folders(os.path.join(path, name), made)
@@ -277,6 +275,9 @@ class Follower:
         """See Committer."""
         deadline = time.monotonic() + timeout
         with self._changed:
+            past = self._past.status(attempt)
+            if past is not None:
+                return past
             save = self._known(attempt)
             while not (save.over or (until == "captured" and save.captured)):
                 left = deadline - time.monotonic()

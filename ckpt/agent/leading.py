@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from ckpt.agent import peers
 from ckpt.agent.aftermath import Aftermath, Committed
-from ckpt.agent.crew import Crew, ranks_text
+from ckpt.agent.crew import KEPT, Crew, Past, ranks_text
 from ckpt.agent.wire import BLOBS, Channel, Message
 from ckpt.events import Operation, Phase
 from ckpt.events.json_lines import as_json
@@ -31,8 +31,6 @@ from ckpt_formats.errors import CheckpointError, RankError
 from ckpt_formats.native import names
 from ckpt_formats.native.reader import read_root
 
-KEPT = 256
-"""Finished saves that can still be asked about."""
 BEGIN = 60.0
 """Seconds that another rank's part waits for rank 0 to open the save."""
 PUBLISH = 120.0
@@ -92,6 +90,7 @@ class Leader:
         self._broken = broken
         self._changed = threading.Condition()
         self._saves: OrderedDict[str, Save] = OrderedDict()
+        self._past = Past()
         self._refused: OrderedDict[str, tuple[str, str]] = OrderedDict()
         """Why saves that are not open yet will fail: why, and the error's class."""
         self._gone: set[int] = set()
@@ -228,9 +227,7 @@ class Leader:
         with self._changed:
             self._saves[save.attempt] = save
             self._changed.notify_all()
-            over = [attempt for attempt, other in self._saves.items() if other.over]
-            for attempt in over[:-KEPT]:
-                del self._saves[attempt]
+            self._past.forget(self._saves)
             gone, lost = sorted(self._gone), sorted(self._lost)
             refused = self._refused.pop(save.attempt, None)
         why = f"the agent of node {', '.join(lost)} is gone" if lost else self._crew.ended(gone) if gone else ""
@@ -307,6 +304,9 @@ class Leader:
         """See Committer."""
         deadline = time.monotonic() + timeout
         with self._changed:
+            past = self._past.status(attempt)
+            if past is not None:
+                return past
             self._changed.wait_for(lambda: attempt in self._saves or 0 in self._gone, min(timeout, BEGIN))
             save = self._known(attempt)
             while not (save.over or (until == "captured" and len(save.captured) == save.world_size)):

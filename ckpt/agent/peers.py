@@ -123,6 +123,8 @@ def _introduce(channel: Channel, other: str, secret: bytes, node: str, purpose: 
     if not hmac.compare_digest(str(answer["proof"]), _proof(secret, "answers", facts)):
         raise OSError("whoever listens there is no agent of this run")
     channel.send({"proof": _proof(secret, "asks", facts)})
+    if channel.receive(_GREETING) is None:
+        raise OSError("it closed the connection")
 
 
 def admit(connection: socket.socket, secret: bytes, node: str) -> tuple[Channel, str, str]:
@@ -143,6 +145,8 @@ def admit(connection: socket.socket, secret: bytes, node: str) -> tuple[Channel,
         answer = channel.receive(_GREETING)
         if answer is None or not hmac.compare_digest(str(answer["proof"]), _proof(secret, "asks", facts)):
             raise OSError("it does not know the secret of this run")
+        # until it hears this, it does not rely on being let in: the proof may have got lost
+        channel.send({})
         _keep_alive(connection)
     except (KeyError, TypeError, ValueError) as error:
         channel.close()

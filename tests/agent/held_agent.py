@@ -1,5 +1,6 @@
 """An agent's main program for tests: it writes no data while the file `hold` (or `hold-NODE`) lies in a folder, fails
-to while `full-NODE` does, and takes seconds, not half a minute, to notice that another agent is frozen.
+to while `full-NODE` does, keeps as many finished saves in mind as the file `kept` says, and takes seconds, not half a
+minute, to notice that another agent is frozen.
 """
 
 from __future__ import annotations
@@ -7,9 +8,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from pathlib import Path
 
+from ckpt.agent import crew, peers
 from ckpt.agent import main as agent
-from ckpt.agent import peers
 from ckpt.storage.files import File, Files
 
 
@@ -36,6 +38,9 @@ def main() -> None:
     parser.add_argument("--folder", required=True)
     arguments = parser.parse_args()
     peers.PING, peers.SILENCE = 0.2, 2.0
+    kept = Path(arguments.folder, "kept")
+    if kept.exists():
+        crew.KEPT = int(kept.read_text())
     agent.serve(arguments.home, arguments.ready, files=Held(arguments.folder))
 
 

@@ -243,22 +243,31 @@ def test_a_rank_that_dies_before_its_capture_is_named_with_its_node(tmp_path: Pa
     until(lambda: os.listdir(tmp_path / "run") == ["step_0"], "what failed to be removed")
 
 
-def fill_a_disk(rank: int, world_size: int, folder: str) -> str:
-    saver = saver_on(rank, folder)
-    text = failure_of(saver.save(state_of(rank, 1), f"{folder}/run/step_1"))
+def save_to_a_full_disk(saver: AsyncSaver, rank: int, path: str, folder: str) -> PendingSave:
+    """A save that fails on node b, which is told and over; the disk has room again."""
+    if rank == 0:
+        Path(folder, "full-b").touch()
+    dist.barrier()
+    pending = saver.save(state_of(rank, 1), path)
+    failure_of(pending)
     dist.barrier()
     if rank == 0:
         Path(folder, "full-b").unlink()
     dist.barrier()
     with pytest.raises(CheckpointError, match="No space left"):
-        saver.save(state_of(rank, 2), f"{folder}/run/step_2")
+        saver.save(state_of(rank, 2), path)
+    return pending
+
+
+def fill_a_disk(rank: int, world_size: int, folder: str) -> str:
+    saver = saver_on(rank, folder)
+    failed = save_to_a_full_disk(saver, rank, f"{folder}/run/step_1", folder)
     saver.save(state_of(rank, 2), f"{folder}/run/step_2").wait(30)
     saver.close()
-    return text
+    return failure_of(failed)
 
 
 def test_what_another_node_can_not_write_fails_on_all_ranks_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "full-b").touch()
     texts = run_ranks(fill_a_disk, 4, str(tmp_path))
     assert all(re.search(r"rank [23]'s part could not be written: .*No space left", text) for text in texts)
     assert_saved(tmp_path / "run" / "step_2", 4, 2)
@@ -314,6 +323,29 @@ def bad_name(rank: int, world_size: int, folder: str) -> None:
 
 def test_a_node_with_a_name_that_could_leave_a_folder_is_refused(tmp_path: Path) -> None:
     run_ranks(bad_name, 2, str(tmp_path))
+
+
+# --- handles that are asked long afterwards
+
+
+def ask_late(rank: int, world_size: int, folder: str) -> None:
+    saver = saver_on(rank, folder)
+    saves = [saver.save(state_of(rank, step), f"{folder}/run/step_{step}") for step in (0, 1)]
+    saves[1].wait(30)
+    saves.append(save_to_a_full_disk(saver, rank, f"{folder}/run/step_2", folder))
+    saves += [saver.save(state_of(rank, step), f"{folder}/run/step_{step}") for step in (3, 4)]
+    saves[-1].wait(30)
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"rank [23]'s part could not be written: .*No space left"):
+        saves.pop(2).wait(20)
+    assert all(save.wait(20).bytes > world_size * 12_000 for save in saves)
+    assert time.monotonic() - begin < 20
+    saver.close()
+
+
+def test_what_became_of_a_save_is_known_long_afterwards(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("1")
+    run_ranks(ask_late, 4, str(tmp_path))
 
 
 # --- whoever dies when

@@ -91,6 +91,25 @@ def test_an_agent_that_can_not_be_reached_is_named_with_what_to_do() -> None:
         follow(peers.Address("a", ["127.0.0.1"], port), b"secret")
 
 
+def test_who_was_not_let_in_after_all_notices() -> None:
+    secret = secrets.token_bytes(32)
+
+    def cut(ends: socket.socket, port: int) -> None:
+        """Let challenges through, but not the proof that answers the last of them."""
+        inside, _ = ends.accept()
+        with inside, socket.create_connection(("127.0.0.1", port)) as outside:
+            outside.sendall(inside.recv(4096))
+            inside.sendall(outside.recv(4096))
+            inside.recv(4096)
+
+    with leader(secret) as address, socket.create_server(("127.0.0.1", 0)) as ends:
+        between = threading.Thread(target=cut, args=(ends, address.port))
+        between.start()
+        with pytest.raises(RankError, match=r"closed the connection|Connection reset"):
+            peers.connect(address._replace(port=ends.getsockname()[1]), secret, "b", "requests")
+        between.join(10)
+
+
 def test_a_recorded_conversation_can_not_be_used_again() -> None:
     secret = secrets.token_bytes(32)
     heard: list[bytes] = []

@@ -139,11 +139,11 @@ class _Trials:
         return first
 
     def _next(self, faults: Sequence[Fault]) -> None:
-        """The next save works. It may raise the failure of the one before, or be the one that comes to the fault; then
-        the one after it works.
+        """The next save works. It may raise the failure of the one before, or be the one that comes to the fault, which
+        the one after it raises; then the one after that works.
         """
         failed: list[Outcome] = []
-        for step in (9, 10, 11, 12):
+        for step in range(9, 11 + 2 * max(1, len(faults))):
             path = self.folder / "other" / f"step_{step}"
             outcome = save(self.by, step, path, self.rank, self.world_size)
             if not any(other.error for other in of_all(outcome)):

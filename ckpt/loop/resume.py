@@ -10,11 +10,14 @@ import json
 import logging
 import os
 from collections.abc import MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from typing import Any, NamedTuple
 
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.levels.tiers import Level
 from ckpt.loading.load import load
+from ckpt.storage.objects import ObjectStore
 from ckpt_formats.errors import (
     CheckpointNotFoundError,
     CorruptionError,
@@ -23,6 +26,8 @@ from ckpt_formats.errors import (
     UnknownDtypeError,
     UnknownVersionError,
 )
+from ckpt_formats.leases import is_lease
+from ckpt_formats.native import names
 from ckpt_formats.native.node_folders import NODE, folders_of
 from ckpt_formats.remote import is_url
 from ckpt_formats.runs import State, find_checkpoints
@@ -31,6 +36,9 @@ __all__ = ["DAMAGED", "Resumed", "resume"]
 
 DAMAGED = "damaged"
 """The folder in a level that takes what was found damaged."""
+
+MOVERS = 8
+"""Objects that are moved aside at once."""
 
 log = logging.getLogger("ckpt")
 
@@ -149,15 +157,14 @@ def _say(candidate: _Candidate, bad: Sequence[_Candidate]) -> None:
 def _clear(bad: Sequence[_Candidate]) -> None:
     """Clear the way for the steps that are trained again."""
     for item in bad:
-        if is_url(item.path):
-            continue
-        for folder in folders_of(item.path):
+        for folder in [item.path] if is_url(item.path) else folders_of(item.path):
             try:
-                aside = _move_aside(folder)
+                aside = _move_aside_in_store(folder) if is_url(folder) else _move_aside(folder)
             except FileNotFoundError:
                 continue  # another rank of this node was faster
             except OSError as error:
-                log.error("%s is damaged and can't be moved aside (%s); remove it", folder, error.strerror)  # noqa: TRY400
+                why = error.strerror or error
+                log.error("%s is damaged and can't be moved aside (%s); remove it", folder, why)  # noqa: TRY400
             else:
                 log.warning("moved aside what is damaged: %s", aside)
 
@@ -169,4 +176,27 @@ def _move_aside(path: str) -> str:
     while os.path.lexists(aside := os.path.join(run, DAMAGED, f"{name}.{number}")):
         number += 1
     os.rename(path, aside)
+    return aside
+
+
+def _move_aside_in_store(url: str) -> str:
+    """The store makes the copies. The step is free when the manifest, which goes first, is gone: whoever dies after
+    that leaves debris.
+    """
+    store = ObjectStore(url)
+    run, name = os.path.split(url)
+    taken = {entry.name.partition("/")[0] for entry in store.walk(os.path.join(run, DAMAGED))}
+    aside = next(path for number in count() if (path := f"{name}.{number}") not in taken)
+    aside = os.path.join(run, DAMAGED, aside)
+    there = {entry.name: entry.size for entry in store.walk(url)}
+    # a lease is of a reader, which is where it is
+    files = [entry for entry in there if entry != names.MANIFEST and not is_lease(entry)]
+
+    def move(relative: str) -> None:
+        store.copy(os.path.join(url, relative), os.path.join(aside, relative), there[relative])
+        store.remove(os.path.join(url, relative))
+
+    move(names.MANIFEST)
+    with ThreadPoolExecutor(MOVERS, thread_name_prefix="ckpt-aside") as pool:
+        list(pool.map(move, files))
     return aside

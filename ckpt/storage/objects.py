@@ -204,6 +204,11 @@ class ObjectStore(Store):
         """
         return _S3Upload(self, url, size, contents) if self.s3 else Upload(self, url, size, contents)
 
+    def copy(self, source: str, target: str, size: int) -> None:
+        """Have a copy of an object of `size` bytes, made by the store itself. Raises FileNotFoundError."""
+        limit = max(self.limit, size / SLOWEST)
+        self.attempt(source, lambda: self.do("cp_file", self.key(source), self.key(target), limit=limit))
+
     def abandoned(self) -> dict[str, float]:
         """Uploads below the URL that began and did not end, which take room unseen: object's URL to when it began."""
         return {self._url_of(item["Key"]): item["Initiated"].timestamp() for item in self.uploads(self.url + "/")}

@@ -15,6 +15,7 @@ from ckpt.storage.objects import ObjectStore
 from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError
 from ckpt_formats.remote import configure
 from ckpt_formats.runs import State, find_checkpoints
+from ckpt_formats.verify import verify
 from tests.loop.test_levels import saved, train, until
 from tests.remote.proxy import Proxy, proxied
 from tests.remote.servers import KEY, SECRET, free_port, moto
@@ -57,6 +58,25 @@ def test_a_run_flows_to_a_store_and_goes_on_from_there_when_the_disk_is_lost(ser
     shutil.rmtree(tmp_path / "run")
     assert train(tmp_path / "run", 7, tiers=tiers) == [7]
     assert there("s3://box/a") == [6, 7]
+
+
+def test_what_is_damaged_in_a_store_is_moved_aside_and_its_step_is_saved_there_again(
+    server: Proxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiers = [ckpt.Disk(every=1, keep=1), ckpt.Remote("s3://box/c", every=2, options=options(server))]
+    train(tmp_path / "run", 4, tiers=tiers)
+    for again in range(2):
+        shutil.rmtree(tmp_path / "run")
+        store = ObjectStore("s3://box/c/step_00000004")
+        (data,) = (entry.name for entry in store.walk(store.url) if entry.name.startswith("data/"))
+        store.put(f"{store.url}/{data}", store.read(f"{store.url}/{data}")[:-5] + b"xxxxx")
+        assert train(tmp_path / "run", 4, tiers=tiers) == [3, 4]
+        assert there("s3://box/c") == [2, 4]
+        assert verify("s3://box/c/step_00000004").intact
+        # all that there was of it, for whoever wants to know what happened
+        aside = f"s3://box/c/damaged/step_00000004.{again}"
+        assert {damage.file for damage in verify(aside).damage} == {data}
+        assert f"moved aside what is damaged: {aside}" in caplog.text
 
 
 def test_a_store_that_fails_for_a_while_costs_the_training_nothing_and_gets_all_later(

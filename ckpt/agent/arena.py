@@ -106,6 +106,11 @@ class MappedArena:
         finally:
             os.close(fd)
 
+    @property
+    def all(self) -> memoryview:
+        """All of its memory."""
+        return memoryview(self._map)
+
     def view(self, start: int, nbytes: int) -> memoryview:
         """The memory of a range, up to the end of its last page."""
         return memoryview(self._map)[start : start + pages(nbytes)]

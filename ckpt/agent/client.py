@@ -63,13 +63,16 @@ class AgentClient:
         pid: the agent's process.
     """
 
-    def __init__(self, address: str, rank: int, nodes: Sequence[str] = ("",)) -> None:
+    def __init__(
+        self, address: str, rank: int, nodes: Sequence[str] = ("",), mapped: Callable[[memoryview], None] | None = None
+    ) -> None:
         self.address = address
         self.rank = rank
         self.nodes = nodes
         node = nodes[rank] if len(set(nodes)) > 1 else ""
         self._name = f"the agent of node {node}, which rank {rank} saves through," if node else "the agent"
         self._arena: MappedArena | None = None
+        self._when_mapped = mapped
         self._channel = Channel.connect(address, ANSWER, self._name)
         self.pid = int(self._ask({"op": "hello", "rank": rank})["pid"])
         # closed by the agent, or with it, when no further save can be begun
@@ -77,11 +80,14 @@ class AgentClient:
         self._watch.send({"op": "watch"})
 
     @classmethod
-    def join(cls, group: Collective, launcher: Launcher) -> AgentClient:
+    def join(
+        cls, group: Collective, launcher: Launcher, mapped: Callable[[memoryview], None] | None = None
+    ) -> AgentClient:
         """Start an agent on every node, make them know each other, and connect every rank to its node's. Collective.
 
         Args:
             launcher: starts an agent on this node and returns its address.
+            mapped: called with each arena's memory as soon as it can be captured into.
 
         Raises, on every rank:
             SaveFailedError: an agent does not start.
@@ -103,7 +109,7 @@ class AgentClient:
         try:
             try:
                 if first:
-                    client = cls(launcher(), group.rank, nodes)
+                    client = cls(launcher(), group.rank, nodes, mapped)
                     mine = {"address": client.address}
                     if group.rank == 0:
                         crew = {"node": node, "nodes": nodes, "secret": secret, "loopback": plan["one_machine"]}
@@ -113,7 +119,7 @@ class AgentClient:
             where = json.loads(group.exchange(json.dumps(mine).encode(), problem, _joined))
             try:
                 if client is None:
-                    client = cls(where[nodes.index(node)]["address"], group.rank, nodes)
+                    client = cls(where[nodes.index(node)]["address"], group.rank, nodes, mapped)
                 elif group.rank:
                     leader = {"node": nodes[0], "hosts": where[0]["hosts"], "port": where[0]["port"]}
                     client._ask({"op": "follow", "node": node, "nodes": nodes, "secret": secret, "leader": leader})
@@ -180,6 +186,8 @@ class AgentClient:
     def _mapped(self, path: str) -> MappedArena:
         if self._arena is None or self._arena.path != path:
             self._arena = MappedArena(path)
+            if self._when_mapped is not None:
+                self._when_mapped(self._arena.all)
         return self._arena
 
     def begin(self, save: str, folder: Folder, world_size: int, contents: Message, *, node_local: bool = False) -> None:

@@ -37,6 +37,7 @@ from ckpt.saving.capture import Capture, Laid, fill
 from ckpt.saving.expecting import expected_bytes
 from ckpt.saving.recurring import NEW, ORIGIN, Greeting, Recurring, place_digest, signature, values_digest
 from ckpt.saving.save import PLANS, Attempt, Saver, SaveResult
+from ckpt.saving.side_copies import Pinned
 from ckpt.storage.compressing import Readable
 from ckpt.storage.publish import Folder, is_committed, prepare_folder
 from ckpt_formats.digest import DIGEST_SIZE
@@ -234,6 +235,7 @@ class AsyncSaver:
         self._outcomes = Outcomes()
         self._captures: list[tuple[Capture, PendingSave, Operation]] = []
         self._fence = Fence(self.settle)
+        self._pinned = Pinned()
 
     def declare(self, memory: int | None) -> None:
         """Declare how many bytes this rank's captures may take, from the next one on. Raises ConfigurationError."""
@@ -250,7 +252,7 @@ class AsyncSaver:
         finds it; how much an optimizer that has not stepped will need, is guessed.
         """
         if self._client is None:
-            self._client = AgentClient.join(group, self._launcher)
+            self._client = AgentClient.join(group, self._launcher, self._pinned.pin)
         if state is not None:
             nbytes = 1 if self._memory is not None else expected_bytes(state, group.world_size)
             self._worker.do(partial(self._reserve, self._client, nbytes))
@@ -353,7 +355,7 @@ class AsyncSaver:
             if not work.copied:
                 begin = time.perf_counter()
                 with operation.waiting("the lazy capture"):
-                    work.wait(SLOT_TIMEOUT)
+                    work.settle(SLOT_TIMEOUT)
                 pending.blocked += time.perf_counter() - begin
         self._captures = []
 
@@ -372,6 +374,7 @@ class AsyncSaver:
         if self._client is not None:
             self._client.close()
             self._client = self._spare = None
+        self._pinned.release()
         self._known = []
 
     def _agree(

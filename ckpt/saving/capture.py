@@ -11,12 +11,13 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 
 from ckpt.saving.commit import split_files
+from ckpt.saving.side_copies import SideCopies, on_gpu
 from ckpt.saving.sources import BytesSource, TensorSource
 from ckpt.storage.compressing import Readable
 from ckpt.storage.data_file import Chunk, layout_of
@@ -131,7 +132,13 @@ class Capture:
         self._during = during
         self._later: _Pairs = []
         self._versions: list[int] = []
-        self._copied = threading.Event()
+        self._side: SideCopies | None = None
+        """Copies from GPUs."""
+        self._changed: torch.Tensor | None = None
+        self._judged = False
+        self._lock = threading.Lock()
+        self._started = threading.Event()
+        """All is copied, or failed, but for what GPUs still copy."""
 
     def begin(self, lazily: Callable[[torch.Tensor], bool]) -> None:
         """Copy everything but the tensors that may be copied `lazily`."""
@@ -145,14 +152,20 @@ class Capture:
             else:
                 now.append((room, source.tensor))
         self._versions = [source._version for _, source in self._later]
+        on_gpus = [source for _, source in (*now, *self._later) if on_gpu(source)]
+        if on_gpus:
+            self._side = SideCopies(on_gpus)
         if others:
             places = list(self._form.places())
             for position in others:
                 chunk, at = places[position]
                 self._sources[position].read(0, chunk.nbytes, self._memory[at : at + chunk.nbytes])
-        _copy(now)
+        self._copy(now)
+        if self._side is not None:
+            # the host goes on at once; what it has the GPU do next comes after these copies
+            self._side.hold()
         if not self._later:
-            self._copied.set()
+            self._started.set()
 
     def finish(self) -> None:
         """Copy the rest, and what lies between the chunks.
@@ -160,37 +173,55 @@ class Capture:
         Raises SaveFailedError if a tensor was changed meanwhile.
         """
         try:
-            if self._later:
-                with self._during:
-                    _copy(self._later)
-                self._require_unchanged()
+            with self._during if self._later else nullcontext():
+                self._copy(self._later)
+                if self._side is not None:
+                    self._started.set()
+                    self._side.wait()
+            self._judge()
+            if self._changed is not None:
+                raise SaveFailedError(
+                    f"a tensor of shape {list(self._changed.shape)} was changed while it was captured, by something "
+                    "other than its optimizer's step; wait for pending.captured() before changing it, or pass "
+                    'capture="eager"'
+                )
         finally:
-            self._copied.set()
+            self._started.set()
         for laid in self._form.files:
             self._frame(laid)
 
-    def give_up(self) -> None:
-        """Nobody shall wait for it any more."""
-        self._copied.set()
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait until everything is copied. Raises SaveFailedError after `timeout` seconds."""
-        if not self._copied.wait(timeout):
+    def settle(self, timeout: float | None = None) -> None:
+        """Let the training change any tensor from now on: wait until all is copied, or until what the training has GPUs
+        do next will wait for that; on the training's thread. Raises SaveFailedError after `timeout` seconds.
+        """
+        if not self._started.wait(timeout):
             raise SaveFailedError(f"a capture was not done within {timeout} s; the machine may be overloaded")
+        if self._side is not None:
+            self._judge()
+            self._side.hold()
 
     @property
     def copied(self) -> bool:
         """Whether everything is copied, or the capture has failed."""
-        return self._copied.is_set()
+        return self._started.is_set() and (self._side is None or self._side.done())
 
-    def _require_unchanged(self) -> None:
-        for (_, source), version in zip(self._later, self._versions, strict=True):
-            if source._version != version:
-                raise SaveFailedError(
-                    f"a tensor of shape {list(source.shape)} was changed while it was captured, by something other "
-                    "than its optimizer's step; wait for pending.captured() before changing it, or pass "
-                    'capture="eager"'
-                )
+    def _copy(self, pairs: _Pairs) -> None:
+        """Copy pairs on CPUs; have those on GPUs copied."""
+        if self._side is None:
+            _copy(pairs)
+            return
+        self._side.enqueue([pair for pair in pairs if on_gpu(pair[1])])
+        _copy([pair for pair in pairs if not on_gpu(pair[1])])
+
+    def _judge(self) -> None:
+        """Once, before the training may change tensors: find one that was changed too early."""
+        with self._lock:
+            if self._judged:
+                return
+            self._judged = True
+            for (_, source), version in zip(self._later, self._versions, strict=True):
+                if source._version != version:
+                    self._changed = source
 
     def _frame(self, laid: Laid) -> None:
         """Write the header, and zeros between the chunks: the slot may hold another file's bytes."""

@@ -25,6 +25,7 @@ from ckpt.events import Operation, Phase
 from ckpt.provenance import provenance
 from ckpt.saving.commit import Contents, Part, commit, split_files
 from ckpt.saving.plan import Assigned, Plan, decode_assignment, describe, encode_assignment, make_plan, merge_entries
+from ckpt.saving.side_copies import finish_gpus
 from ckpt.saving.sources import BytesSource, TensorSource
 from ckpt.saving.values import merge_values
 from ckpt.state import LocalState, Piece, flatten
@@ -199,6 +200,7 @@ class Attempt:
         try:
             self.take(state)
             planned = self.plan()
+            finish_gpus(chunk.source.tensor for chunk in planned.chunks if isinstance(chunk.source, TensorSource))
             with self.operation.phase("write") as phase:
                 part, phase.failure = self._write(planned, phase, compress)
             with self.operation.phase("commit"):

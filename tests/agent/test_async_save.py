@@ -33,6 +33,7 @@ from ckpt_formats.errors import (
     StateError,
     ValuesDifferError,
 )
+from tests.conftest import SESSION
 from tests.ranks import Killed, run_ranks
 
 
@@ -282,7 +283,17 @@ def test_a_full_arena_makes_a_save_wait_and_say_so(tmp_path: Path, caplog: pytes
 
 
 def agents() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith(f"ckpt-agent-{os.getuid()}-")}
+    """The homes of agents, but for those that are held by agents of other runs of the tests."""
+    homes = {name for name in os.listdir("/dev/shm") if name.startswith(f"ckpt-agent-{os.getuid()}-")}
+    ours = f"{SESSION}={os.environ[SESSION]}".encode()
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdecimal() and ours not in process.joinpath("environ").read_bytes().split(b"\0"):
+                for file in process.joinpath("fd").iterdir():
+                    homes.discard(os.path.basename(os.path.dirname(os.readlink(file))))
+        except OSError:
+            continue  # it has ended
+    return homes
 
 
 def die_when_captured(rank: int, world_size: int, folder: str, when: str) -> None:

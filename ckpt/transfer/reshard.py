@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.codecs import RAW
 from ckpt_formats.errors import CheckpointError, SaveFailedError
 from ckpt_formats.geometry import Box, flat_boxes
-from ckpt_formats.layout import Cuts, Layout, Mesh, boxes, cut_words
+from ckpt_formats.layout import Layout, Mesh, Resolved
+from ckpt_formats.layout.applying import resolve
 from ckpt_formats.manifest import RESERVED_PREFIX, Manifest, TensorMeta
 from ckpt_formats.native import names
 from ckpt_formats.reading import Request
@@ -72,12 +73,12 @@ def reshard(
         source: a checkpoint's folder, or its URL in a store.
         target: the new one's folder, which must not hold a checkpoint.
         mesh: axes and sizes, such as Mesh.parse("dp=2,tp=4").
-        layout: which dimension an axis cuts; see ckpt_formats.layout for what goes without saying.
+        layout: how tensors lie on the ranks; see docs/layout.md for what goes without saying.
         progress: called after each chunk.
 
     Raises:
         CheckpointNotFoundError, CorruptionError, FormatError: of the source.
-        LayoutError: nothing says how an axis cuts, or rules are wrong, unused or at odds.
+        LayoutError: nothing says how an axis cuts, or rules are wrong, unused or at odds, or leave holes or overlaps.
         CheckpointExistsError: of the target.
         SaveFailedError: writing failed; nothing was committed.
         StoreError: the store of the source can't be read, or the target is a URL.
@@ -87,7 +88,7 @@ def reshard(
     with collector.paused(), Operation("reshard", path) as operation, open_checkpoint(source) as checkpoint:
         manifest = checkpoint.manifest
         operation.step = manifest.step
-        cuts = _cuts(manifest, mesh, layout or Layout())
+        resolved = resolve(manifest, mesh, layout or Layout())
         done = 0
 
         def count(nbytes: int) -> None:
@@ -97,7 +98,7 @@ def reshard(
                 progress(done, total)
 
         with operation.phase("plan"):
-            per_rank = _assign(checkpoint, mesh, cuts)
+            per_rank = _assign(checkpoint, resolved)
         total = sum(part.nbytes for held in per_rank for part in held)
         folder = prepare_folder(files, path)
         attempt = secrets.token_hex(8)
@@ -118,7 +119,7 @@ def reshard(
                     phase.bytes = sum(file.size for file in written)
                 parts.append(Part(written, chunk_names))
             with operation.phase("commit"):
-                commit(files, folder, attempt, _contents(manifest, mesh, cuts), parts)
+                commit(files, folder, attempt, _contents(manifest, resolved), parts)
             operation.bytes = total
         except BaseException as error:
             discard(files, folder, attempt)
@@ -139,44 +140,6 @@ def reshard(
     )
 
 
-def slot_owners(manifest: Manifest) -> dict[str, str]:
-    """Name of each optimizer slot -> name of the parameter that it belongs to."""
-    owners: dict[str, str] = {}
-    for entry, facts in manifest.entries.items():
-        modules = facts.get("modules")
-        if facts.get("kind") != "optimizer" or not isinstance(modules, Mapping):
-            continue
-        prefix = f"{entry}.state."
-        home = f"{modules['']}." if "" in modules else ""
-        for name in manifest.tensors:
-            if not name.startswith(prefix):
-                continue
-            parameter = home + name[len(prefix) :]
-            # slots have no dots as a rule, but nothing forbids them
-            while "." in parameter:
-                parameter = parameter.rpartition(".")[0]
-                if parameter in manifest.tensors or parameter in manifest.aliases:
-                    owners[name] = manifest.aliases.get(parameter, parameter)
-                    break
-    return owners
-
-
-def _cuts(manifest: Manifest, mesh: Mesh, layout: Layout) -> dict[str, Cuts]:
-    metas = manifest.model_tensors
-    texts = manifest.layout.get("cuts", [])
-    recorded = {}
-    for name, meta in metas.items():
-        cut = texts[meta.cut] if meta.cut is not None else None
-        if isinstance(cut, dict) and isinstance(cut.get("cut"), str) and cut["cut"]:
-            recorded[name] = cut["cut"]
-    return layout.cuts(
-        mesh,
-        {name: meta.shape for name, meta in metas.items()},
-        recorded=recorded,
-        owners=slot_owners(manifest),
-    )
-
-
 class _Part(NamedTuple):
     """A box that goes to a target rank's file."""
 
@@ -188,9 +151,9 @@ class _Part(NamedTuple):
         return self.box.numel * self.meta.dtype.itemsize
 
 
-def _assign(checkpoint: Checkpoint, mesh: Mesh, cuts: Mapping[str, Cuts]) -> list[list[_Part]]:
+def _assign(checkpoint: Checkpoint, resolved: Resolved) -> list[list[_Part]]:
     """For each target rank what goes to its file. What several ranks hold goes to the one with the least."""
-    manifest = checkpoint.manifest
+    manifest, mesh = checkpoint.manifest, resolved.mesh
     load = [0] * mesh.size
     held: list[list[_Part]] = [[] for _ in range(mesh.size)]
     shared: list[tuple[_Part, list[int]]] = []
@@ -200,9 +163,12 @@ def _assign(checkpoint: Checkpoint, mesh: Mesh, cuts: Mapping[str, Cuts]) -> lis
             owners = {Box.whole(meta.shape): list(range(mesh.size))} if meta.numel else {}
         else:
             owners = {}
-            for rank in range(mesh.size):
-                for box in boxes(meta.shape, cuts[name], mesh, rank):
-                    owners.setdefault(box, []).append(rank)
+            holders = list(resolved.holders(name))
+            for holder in sorted(holders, key=lambda holder: holder.piece.copy):
+                # a copy that is cut differently than its home adds no boxes of its own
+                box = holder.piece.box
+                if not holder.piece.copy or box in owners:
+                    owners.setdefault(box, []).extend(mesh.ranks(holder.where))
         for box, ranks in owners.items():
             part = _Part(meta, box)
             if len(ranks) == 1:
@@ -220,14 +186,14 @@ def _assign(checkpoint: Checkpoint, mesh: Mesh, cuts: Mapping[str, Cuts]) -> lis
     return held
 
 
-def _contents(manifest: Manifest, mesh: Mesh, cuts: Mapping[str, Cuts]) -> Contents:
+def _contents(manifest: Manifest, resolved: Resolved) -> Contents:
+    mesh = resolved.mesh
     texts: dict[str, int] = {}
     tensors: dict[str, tuple[str, tuple[int, ...], int | None]] = {}
     for name, meta in manifest.tensors.items():
         cut = None
-        if name in cuts:
-            words = cut_words(cuts[name], mesh)
-            cut = texts.setdefault(words, len(texts))
+        if name in resolved.tensors:
+            cut = texts.setdefault(resolved.cut(name), len(texts))
         tensors[name] = (meta.dtype.name, meta.shape, cut)
     layout: dict[str, Any] = {
         "world_size": mesh.size,

@@ -13,7 +13,7 @@ from ckpt_formats.layout import Layout, Mesh
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @click.option("--mesh", required=True, metavar="AXES", help="The new mesh, outermost axis first: dp=2,tp=4.")
-@click.option("--layout", metavar="FILE", help="TOML file: which dimension of which tensors an axis cuts.")
+@click.option("--layout", metavar="FILE", help="TOML file: how tensors lie on the ranks.")
 @json_option
 def reshard(source: str, target: str, mesh: str, layout: str | None, as_json: bool) -> None:
     """Write a checkpoint anew, cut for another mesh.
@@ -22,7 +22,9 @@ def reshard(source: str, target: str, mesh: str, layout: str | None, as_json: bo
     file of its own. Nothing needs this: any checkpoint loads into any mesh. It makes loading again and again quicker.
 
     What an axis cuts is said by the table of its name in the layout file. Without one, dp and fsdp cut dimension 0,
-    and an axis that SRC was saved with cuts what it did then. Such a file may say:
+    and an axis that SRC was saved with cuts what it did then. A layout may also be made of rules, for fused, padded,
+    flat or stacked tensors, stages and experts (docs/layout.md); `ckpt show --mesh … --layout …` shows what it comes
+    to. Such a file may say:
 
     \b
       [tp]

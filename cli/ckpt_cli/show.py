@@ -15,10 +15,13 @@ import click
 import numpy as np
 
 from ckpt_cli.output import Column, Output, count_text, json_option, print_json, size_text
+from ckpt_cli.show_cut import show_cut
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.codecs import RAW
 from ckpt_formats.describing import cut_of, value_text, writers_text
 from ckpt_formats.geometry import Box
+from ckpt_formats.layout import Layout, Mesh
+from ckpt_formats.layout.applying import resolve
 from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.values import Opaque
 
@@ -30,19 +33,30 @@ LISTED = 12
 @click.argument("checkpoint")
 @click.argument("pattern", required=False)
 @click.option("--values", is_flag=True, help="Print plain values in full, each rank's own included.")
+@click.option("--mesh", metavar="AXES", help="Show what each rank of this mesh would hold, such as dp=2,tp=4.")
+@click.option("--layout", metavar="FILE", help="With --mesh: TOML file that says how tensors lie on the ranks.")
 @json_option
-def show(checkpoint: str, pattern: str | None, values: bool, as_json: bool) -> None:
+def show(
+    checkpoint: str, pattern: str | None, values: bool, mesh: str | None, layout: str | None, as_json: bool
+) -> None:
     """Show what is in a checkpoint, how it is cut, and what made it.
 
     PATTERN limits tensors and values to names that match it, as in a shell: 'model.*.weight' (* matches dots too). The
     exact name of a tensor shows its chunks too: which file has them, and where.
 
+    With --mesh it shows for each tensor what a layout comes to instead: the rule, and for each place on the mesh the
+    boxes that ranks hold there, and where these lie in the ranks' tensors.
+
     \b
     Exit codes:
       0  shown
       1  nothing matches PATTERN, or the checkpoint is damaged
-      2  there is no checkpoint
+      2  there is no checkpoint, or the mesh or layout does not fit it
     """
+    if layout is not None and mesh is None:
+        raise click.UsageError("--layout says how tensors lie on a mesh; say which by --mesh")
+    axes = Mesh.parse(mesh) if mesh is not None else None
+    rules = Layout.read(layout) if layout is not None else Layout()
     with open_checkpoint(checkpoint, held=False) as opened:
         chosen = _Chosen(opened, pattern)
         if not chosen:
@@ -50,7 +64,11 @@ def show(checkpoint: str, pattern: str | None, values: bool, as_json: bool) -> N
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             click.echo(f"No tensor or value of {checkpoint} matches {pattern!r}{hint}", err=True)
             raise click.exceptions.Exit(1)
-        if as_json:
+        if axes is not None:
+            names = sorted(chosen.tensors)
+            names += sorted({name for alias, name in chosen.aliases.items() if name not in chosen.tensors})
+            show_cut(opened.manifest, resolve(opened.manifest, axes, rules), names, as_json=as_json)
+        elif as_json:
             print_json(_facts(opened, chosen, values=values))
         else:
             _print(opened, chosen, values=values)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ckpt.loop.checkpointer import Checkpointer
     from ckpt.sampler import Sampler
     from ckpt.saving.save import SaveResult
-    from ckpt.state import RNG, PerRank, Shard
+    from ckpt.state import RNG, PerRank, Shard, Stages, mark
     from ckpt_formats import errors
     from ckpt_formats.checkpoint import Checkpoint
     from ckpt_formats.values import register_value
@@ -44,10 +44,12 @@ __all__ = [
     "Sampler",
     "SaveResult",
     "Shard",
+    "Stages",
     "async_save",
     "errors",
     "events",
     "load",
+    "mark",
     "open",
     "register_value",
     "save",
@@ -69,8 +71,10 @@ _HOMES = {
     "Sampler": "ckpt.sampler",
     "SaveResult": "ckpt.saving.save",
     "Shard": "ckpt.state",
+    "Stages": "ckpt.state",
     "async_save": "ckpt.api",
     "load": "ckpt.api",
+    "mark": "ckpt.state",
     "open": "ckpt.api",
     "register_value": "ckpt_formats.values",
     "save": "ckpt.api",

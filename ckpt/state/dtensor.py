@@ -23,10 +23,9 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from ckpt.state.types import Mesh
+from ckpt.state.types import Lowered
 from ckpt_formats.errors import StateError
 from ckpt_formats.geometry import (
-    Box,
     Interval,
     boxes_from_intervals,
     shard_intervals,
@@ -34,26 +33,6 @@ from ckpt_formats.geometry import (
 )
 
 __all__ = ["Lowered", "local_tensor", "lower", "replicated", "zeros_like"]
-
-
-class Lowered(NamedTuple):
-    """What this rank holds of a DTensor."""
-
-    shape: tuple[int, ...]
-    """Of the global tensor."""
-
-    pieces: tuple[tuple[Box, Box], ...]
-    """(box in the global tensor, box in the local tensor), in row-major order; none when the rank holds nothing."""
-
-    cut: str
-    """How the tensor is cut, a word for each mesh axis, as in `S(0)@dp R@tp`.
-
-    `R` is replicated; `S(d)` cut in dimension d, in order of the mesh's axes; `SS(d,n)` cut in dimension d within each
-    of n pieces, which is what FSDP2 over n-fold tensor parallelism of the same dimension does.
-    """
-
-    mesh: Mesh
-    """Names and sizes of its axes, outermost first; an axis without a name is called by its number."""
 
 
 def lower(tensor: DTensor, name: str = "") -> Lowered:

@@ -18,7 +18,7 @@ from ckpt.state.modules import ModuleState, walk_module
 from ckpt.state.optimizers import Parameters, enter_optimizer, name_parameters
 from ckpt.state.types import LocalState, Shard
 
-__all__ = ["flatten", "note_parameters"]
+__all__ = ["enter_tensors", "flatten", "note_parameters"]
 
 
 @collector.paused()
@@ -60,8 +60,9 @@ def _enter(inventory: Inventory, entry: Entry, parameters: Parameters, optimizer
     key, value = entry.key, entry.value
     if entry.kind == "module":
         found = walk_module(value)
-        _enter_module(inventory, key, found)
-        parameters.modules[key] = found.parameters
+        enter_tensors(inventory, key, found)
+        _enter_values(inventory, key, found)
+        parameters.add(key, found)
         return {}
     if entry.kind == "stateful":
         inventory.value(key, value.state_dict())
@@ -73,11 +74,20 @@ def _enter(inventory: Inventory, entry: Entry, parameters: Parameters, optimizer
     return {"flat": flat} if flat else {}
 
 
-def _enter_module(inventory: Inventory, key: str, found: ModuleState) -> None:
+def enter_tensors(inventory: Inventory, key: str, found: ModuleState) -> None:
+    """Enter the parameters and buffers of a module."""
     enter = inventory.tensor
     prefix = key + "."
     for fqn, tensor in found.members:
         enter(prefix + fqn, tensor)
+    for fqn, local, lowered, twin in found.parts:
+        inventory.part(prefix + fqn, local, lowered, tied_by=twin)
+    for fqn, first in found.ties:
+        inventory.tie(prefix + fqn, prefix + first)
+
+
+def _enter_values(inventory: Inventory, key: str, found: ModuleState) -> None:
+    prefix = key + "."
     for custom in found.custom:
         for fqn, value in custom.state().items():
             inventory.value(prefix + fqn, value)
@@ -91,7 +101,7 @@ def note_parameters(parameters: Parameters, name: str, value: object) -> None:
         parameters.tensors.setdefault(id(value), name)
     elif isinstance(value, Shard):
         parameters.tensors.setdefault(id(value.local), name)
-        parameters.shards[id(value.local)] = value
+        parameters.cuts[id(value.local)] = value.lowered
     elif isinstance(value, dict):
         for key, item in value.items():
             note_parameters(parameters, f"{name}.{key}", item)

@@ -18,6 +18,7 @@ from ckpt.state.types import (
     Disassembled,
     LocalState,
     LocalTensor,
+    Lowered,
     PerRank,
     PerRankRef,
     Piece,
@@ -71,26 +72,25 @@ class Inventory:
 
     def shard(self, name: str, shard: Shard) -> None:
         """Enter a tensor that was cut by hand."""
-        self._claim(name, shard.local)
-        if self._known(name, shard.local):
-            return
-        _require_memory(name, shard.local)
-        box = Box(shard.offsets, tuple(shard.local.shape))
-        self._enter(name, shard.local, shard.global_shape, [Piece(box, _view(shard.local))])
+        self.part(name, shard.local, shard.lowered, tied_by=shard.local)
 
-    def like(self, name: str, tensor: torch.Tensor, model: DTensor | Shard) -> None:
-        """Enter a plain tensor that is cut as `model` is: it has the shape of `model`'s local tensor."""
-        if isinstance(model, Shard):
-            self.shard(name, Shard(tensor, model.global_shape, model.offsets))
+    def part(self, name: str, local: torch.Tensor, lowered: Lowered, *, tied_by: object = None) -> None:
+        """Enter a plain tensor as what is held of a larger one.
+
+        Two that are entered with the same `tied_by` are the same tensor.
+        """
+        self._claim(name, local)
+        if tied_by is not None and self._known(name, tied_by):
             return
-        self._claim(name, tensor)
-        _require_memory(name, tensor)
-        lowered = lower(model, name)
-        view = _view(tensor)
-        pieces = [Piece(box, _part(view, local)) for box, local in lowered.pieces]
+        _require_memory(name, local)
         self.local.tensors[name] = LocalTensor(
-            name, tensor.dtype, tuple(lowered.shape), pieces, lowered.cut, lowered.mesh
+            name, local.dtype, lowered.shape, lowered.pieces_of(local), lowered.cut, lowered.mesh
         )
+
+    def tie(self, name: str, first: str) -> None:
+        """Enter a second name of a tensor that is in the inventory."""
+        self._claim(name, self.live[first])
+        self.local.aliases[name] = self.local.aliases.get(first, first)
 
     def value(self, path: str, value: object) -> None:
         """Enter a value; tensors, shards and per-rank values in it become entries of their own, `<path>.<key>`."""
@@ -207,14 +207,11 @@ class Inventory:
                 f"is a DTensor of {type(local).__qualname__}, which can't be taken apart",
                 "save its parts as DTensors of their own",
             )
-        pieces = lowered.pieces
-        if len(pieces) == 1 and pieces[0][1].sizes == local.shape:
-            made = [Piece(pieces[0][0], _view(local))]
-        else:
-            made = [Piece(box, _part(local, within)) for box, within in pieces]
         if local.is_meta or local.layout is not torch.strided:
             _require_memory(name, local)
-        self.local.tensors[name] = LocalTensor(name, local.dtype, tuple(lowered.shape), made, lowered.cut, lowered.mesh)
+        self.local.tensors[name] = LocalTensor(
+            name, local.dtype, lowered.shape, lowered.pieces_of(local), lowered.cut, lowered.mesh
+        )
 
     def _subclass(self, name: str, tensor: torch.Tensor) -> None:
         if self._known(name, tensor):
@@ -241,7 +238,7 @@ class Inventory:
                 "give the class __tensor_flatten__, or save the tensors that it is made of",
             )
 
-    def _known(self, name: str, tensor: torch.Tensor) -> bool:
+    def _known(self, name: str, tensor: object) -> bool:
         """Whether this very object is in the inventory; then enters an alias.
 
         Objects are compared, not addresses: a rank with an empty shard would come to another result than the others.
@@ -252,18 +249,9 @@ class Inventory:
         self.local.aliases[name] = first
         return True
 
-    def _enter(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], pieces: list[Piece]) -> None:
-        self.local.tensors[name] = LocalTensor(
-            name, tensor.dtype, shape, [piece for piece in pieces if 0 not in piece.box.sizes]
-        )
-
 
 def _view(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _part(local: torch.Tensor, box: Box) -> torch.Tensor:
-    return _view(local)[box.slices()]
 
 
 def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ A walk of our own instead of `state_dict()`, which costs tens of microseconds a 
 tables on every save, so it can't be out of date; only what a class means for its state is remembered. The names are
 those of `torch.distributed.checkpoint.state_dict`: fully qualified names without the wrappers of DDP, torch.compile and
 activation checkpointing. Parameters of FSDP2 are taken in their sharded form even while a forward pass has left them
-gathered, and stay gathered.
+gathered, and stay gathered; so are those of FSDP1 (fsdp1.py), each for itself out of its flat parameter.
 
 A module with ways of its own (an overridden `state_dict`, or hooks on saving or loading other than torch.distributed's)
 is asked by `state_dict()` and given back its state by `load_state_dict()`; the model around it is not. This module
@@ -14,16 +14,19 @@ knows nothing of optimizers, boxes or checkpoints.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from ckpt.state.fsdp1 import FlatMember, flat_parameter, members_of
+from ckpt.state.types import Lowered, by_hand
 from ckpt_formats.errors import StateError
 
-__all__ = ["CustomModule", "ModuleState", "walk_module"]
+__all__ = ["CustomModule", "ModuleState", "Stages", "mark", "walk_module"]
 
 _EXTRA_STATE = "_extra_state"  # nn.Module.state_dict's own suffix
 
@@ -32,9 +35,20 @@ _TRANSPARENT = {
     "DistributedDataParallel": "module",
     "OptimizedModule": "_orig_mod",
     "ActivationWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
+_MARKS = "_ckpt_marks"
 _FSDP1 = "FullyShardedDataParallel"
 _FSDP2 = "FSDPModule"
+
+
+class Stages(nn.ModuleList):
+    """Several parts of one model, such as the pipeline stages of a rank, as one module.
+
+    Its tensors are called by their names in the whole model, which the parts have to use: a stage with the layers 4 and
+    5 has them under the names `layers.4` and `layers.5`, in a ModuleDict for example. What two parts both have under
+    one name is one tensor.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +57,9 @@ class _Traits:
 
     inner: str | None
     """The child that a wrapper is only a wrapper of."""
+    stages: bool
     fsdp: bool
-    refused: bool
+    fsdp1: bool
     extra_state: bool
     saves_itself: bool
     loads_itself: bool
@@ -65,8 +80,9 @@ def _traits_of(kind: type[nn.Module]) -> _Traits:
     names = [base.__qualname__ for base in kind.__mro__ if base.__module__.startswith("torch.")]
     return _Traits(
         inner=next((_TRANSPARENT[name] for name in names if name in _TRANSPARENT), None),
+        stages=issubclass(kind, Stages),
         fsdp=_FSDP2 in names,
-        refused=_FSDP1 in names,
+        fsdp1=_FSDP1 in names,
         extra_state=kind.get_extra_state is not nn.Module.get_extra_state,
         saves_itself=(
             kind.state_dict is not nn.Module.state_dict or kind._save_to_state_dict is not nn.Module._save_to_state_dict
@@ -145,6 +161,18 @@ class ModuleState:
     sharded: dict[tuple[int, str], nn.Parameter] = field(default_factory=dict)
     """(id of a module, name in it) -> the sharded form of a parameter that FSDP2 holds gathered now."""
     fsdp: list[Any] = field(default_factory=list)
+    fsdp1: list[Any] = field(default_factory=list)
+    parts: list[tuple[str, torch.Tensor, Lowered, object]] = field(default_factory=list)
+    """Parameters and buffers of which this rank has a part, in plain memory: name, that part, what it is of the whole,
+    and what is the same for two names of one tensor."""
+    ties: list[tuple[str, str]] = field(default_factory=list)
+    """A second name of a parameter of FSDP1, and the first."""
+    cuts: dict[int, Lowered] = field(default_factory=dict)
+    """id of a parameter in plain memory -> what it is of the whole."""
+    absent: set[int] = field(default_factory=set)
+    """ids of parameters of FSDP1 of which this rank has nothing: they get no gradient, hence no optimizer state."""
+    flats: dict[int, list[tuple[str, Lowered]]] = field(default_factory=dict)
+    """id of a flat parameter -> the names of those in it, and where in it their elements are."""
 
 
 def walk_module(module: nn.Module, *, loading: bool = False) -> ModuleState:
@@ -152,48 +180,167 @@ def walk_module(module: nn.Module, *, loading: bool = False) -> ModuleState:
 
     With `loading`, modules that only load by their own code are among the custom ones too.
 
-    Raises StateError for FSDP1, whose flat parameters have no names of the model's.
+    Raises StateError for FSDP1 while its full parameters are in use, and for parts that don't fit (`ckpt.mark`).
     """
     found = ModuleState()
-    _visit(module, "", found, loading, members=True)
+    flats = _Flats()
+    _visit(module, "", found, flats, loading, members=True)
+    flats.resolve(found)
     return found
 
 
-def _visit(module: nn.Module, prefix: str, found: ModuleState, loading: bool, *, members: bool) -> None:
+class _Flats:
+    """The parameters that FSDP1 has flattened: they are met before the modules that they belong to."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, dict[str, FlatMember]] = {}
+        """id of a module -> its parameters that were flattened."""
+        self.flat: dict[int, list[FlatMember]] = {}
+        """id of a flat parameter -> what is in it."""
+        self.names: dict[tuple[int, str], str] = {}
+        """(id of a module, name in it) -> fully qualified name."""
+        self.ties: list[tuple[str, tuple[int, str]]] = []
+
+    def note(self, wrapper: Any, where: str, found: ModuleState) -> None:
+        """Take a FullyShardedDataParallel apart."""
+        found.fsdp1.append(wrapper)
+        flat = flat_parameter(wrapper)
+        if flat is None:
+            return
+        members = self.flat[id(flat)] = list(members_of(wrapper, where))
+        for member in members:
+            self.of.setdefault(id(member.module), {})[member.name] = member
+
+    def enter(self, module: nn.Module, prefix: str, found: ModuleState, *, members: bool) -> None:
+        """Enter the parameters that a module had before they were flattened."""
+        for name, member in self.of.get(id(module), {}).items():
+            fqn = self.names[id(module), name] = prefix + name
+            if member.parameter is not None:
+                found.parameters.setdefault(id(member.parameter), fqn)
+                if member.lowered is not None:
+                    found.cuts[id(member.parameter)] = member.lowered
+                    if not member.lowered.pieces:
+                        found.absent.add(id(member.parameter))
+            if not members:
+                continue
+            if member.first is not None:
+                self.ties.append((fqn, (id(member.first[0]), member.first[1])))
+            elif member.lowered is None:
+                found.members.append((fqn, member.local))
+            else:
+                found.parts.append((fqn, member.local, member.lowered, None))
+
+    def resolve(self, found: ModuleState) -> None:
+        """Now that all names are known: what is tied to what, and what is in the flat parameters."""
+        found.ties += [(fqn, self.names[first]) for fqn, first in self.ties]
+        for key, members in self.flat.items():
+            found.flats[key] = [
+                (self.names[id(member.module), member.name], member.within)
+                for member in members
+                if member.first is None
+            ]
+
+
+def _visit(module: nn.Module, prefix: str, found: ModuleState, flats: _Flats, loading: bool, *, members: bool) -> None:
     traits = _traits(module)
-    if traits.refused:
-        raise StateError(
-            f"{prefix[:-1] or 'the model'} is wrapped in FullyShardedDataParallel (FSDP1), whose flat parameters can't "
-            "be saved by name; use torch.distributed.fsdp.fully_shard"
-        )
-    own = module.__dict__
     if traits.fsdp:
         _note_fsdp(module, found)
+    elif traits.fsdp1:
+        flats.note(module, prefix[:-1] or "the model", found)
     if members and _is_custom(module, traits, loading):
         found.custom.append(CustomModule(prefix, module))
         members = False  # below here only the parameters' names are of interest, for optimizers
 
-    sharded = found.sharded
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            if sharded:
-                parameter = sharded.get((id(module), name), parameter)  # noqa: PLW2901
-            fqn = prefix + name
-            found.parameters.setdefault(id(parameter), fqn)
-            if members:
-                found.members.append((fqn, parameter))
+    _enter_parameters(module, prefix, found, flats, members=members)
     if members:
-        passing = own.get("_non_persistent_buffers_set", ())
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in passing:
-                found.members.append((prefix + name, buffer))
+        _enter_buffers(module, prefix, found)
         if traits.extra_state:
             found.extra.append((prefix + _EXTRA_STATE, module))
 
     for name, child in module._modules.items():
         if child is not None:
-            inner = prefix if name == traits.inner else f"{prefix}{name}."
-            _visit(child, inner, found, loading, members=members)
+            inner = prefix if traits.stages or name == traits.inner else f"{prefix}{name}."
+            _visit(child, inner, found, flats, loading, members=members)
+
+
+def _enter_parameters(module: nn.Module, prefix: str, found: ModuleState, flats: _Flats, *, members: bool) -> None:
+    sharded, flattened = found.sharded, flats.of.get(id(module), {})
+    marked = module.__dict__.get(_MARKS)
+    for name, parameter in module._parameters.items():
+        if parameter is None or name in flattened:
+            continue
+        if sharded:
+            parameter = sharded.get((id(module), name), parameter)  # noqa: PLW2901
+        fqn = prefix + name
+        found.parameters.setdefault(id(parameter), fqn)
+        if marked and name in marked:
+            found.cuts[id(parameter)] = _enter_marked(found, fqn, parameter, marked[name], members=members)
+        elif members and id(parameter) not in flats.flat:  # which has no name of the model's
+            found.members.append((fqn, parameter))
+    if flattened:
+        flats.enter(module, prefix, found, members=members)
+
+
+def _enter_buffers(module: nn.Module, prefix: str, found: ModuleState) -> None:
+    passing = module.__dict__.get("_non_persistent_buffers_set", ())
+    marked = module.__dict__.get(_MARKS)
+    for name, buffer in module._buffers.items():
+        if buffer is None or name in passing:
+            continue
+        if marked and name in marked:
+            _enter_marked(found, prefix + name, buffer, marked[name], members=True)
+        else:
+            found.members.append((prefix + name, buffer))
+
+
+def mark(
+    module: nn.Module,
+    name: str,
+    global_shape: Sequence[int],
+    offsets: Sequence[int] | None = None,
+    *,
+    parts: Iterable[tuple[Sequence[int], Sequence[int], Sequence[int]]] | None = None,
+) -> None:
+    """Say that a parameter or buffer of a module is this rank's part of a larger tensor, which was cut by hand.
+
+    Saving and loading then take it, and what optimizers keep for it, as that part. The mark stays with the module, also
+    when it is copied (for an average of the weights, say) or its parameters are replaced; marking again replaces it.
+
+    Args:
+        module: the module that has it.
+        name: what it is called there: `weight`.
+        global_shape: the shape of the whole, in elements, equal on all ranks.
+        offsets: where this rank's part begins in the whole, if it is one box.
+        parts: in their place, for a part of several boxes: where each begins in the whole, where it begins in this
+            rank's tensor, and its sizes. What no box covers is padding, and neither saved nor loaded.
+
+    Raises StateError when there is no such parameter, or a part lies outside of it or of the whole.
+    """
+    tensor = module._parameters.get(name, module._buffers.get(name))
+    if tensor is None or isinstance(tensor, DTensor):
+        what = "no parameter or buffer" if tensor is None else "a DTensor, which says itself how it is cut:"
+        raise StateError(f"the {type(module).__qualname__} to mark has {what} {name!r}", tensor=name)
+    if (offsets is None) == (parts is None):
+        raise StateError(f"to mark {name!r}, give either offsets or parts", tensor=name)
+    whole = tuple(int(size) for size in global_shape)
+    shape = tuple(tensor.shape)
+    given = [(offsets, (0,) * len(shape), shape)] if offsets is not None else list(parts or ())
+    module.__dict__.setdefault(_MARKS, {})[name] = shape, by_hand(shape, whole, given)
+
+
+def _enter_marked(
+    found: ModuleState, fqn: str, tensor: torch.Tensor, marked: tuple[tuple[int, ...], Lowered], *, members: bool
+) -> Lowered:
+    shape, lowered = marked
+    if tuple(tensor.shape) != shape or isinstance(tensor, DTensor):
+        raise StateError(
+            f"the tensor {fqn!r} was marked as a part of shape {list(shape)} of a larger one, but now has the shape "
+            f"{list(tensor.shape)}; mark it anew with ckpt.mark",
+            tensor=fqn,
+        )
+    if members:
+        found.parts.append((fqn, tensor, lowered, tensor))
+    return lowered
 
 
 def _is_custom(module: nn.Module, traits: _Traits, loading: bool) -> bool:

@@ -2,7 +2,9 @@
 
 A parameter is known by identity. If one module of the state has all parameters of an optimizer, they are called by
 their names in it, as by `torch.distributed.checkpoint.state_dict`; else by the name of the entry and their name in it.
-The optimizer's own tables are read as they are: no step is run, no hook called, no state made. This module knows no
+The optimizer's own tables are read as they are: no step is run, no hook called, no state made. A flat parameter, as
+FSDP1 makes them, stands for all parameters that are in it: each has its own part of each slot. Of a
+ZeroRedundancyOptimizer each rank has the state of some parameters, which is read where it is. This module knows no
 files, and not how what it finds is loaded again; slots.py does.
 """
 
@@ -10,17 +12,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from ckpt.state.dtensor import lower
 from ckpt.state.inventory import Inventory
+from ckpt.state.modules import ModuleState
 from ckpt.state.tensor_values import copied
-from ckpt.state.types import Shard
+from ckpt.state.types import FLAT, Lowered
 from ckpt_formats.errors import StateError
+from ckpt_formats.geometry import Box
 
-__all__ = ["Naming", "Parameters", "enter_optimizer", "hyperparameters", "name_parameters", "own_extras"]
+__all__ = [
+    "Cut",
+    "Naming",
+    "Parameters",
+    "cut_of",
+    "enter_optimizer",
+    "flat_numel",
+    "hyperparameters",
+    "is_zero",
+    "keeps",
+    "name_parameters",
+    "own_extras",
+    "state_of",
+]
+
+_SCALAR: Final = Box((), ())
 
 _POSITIONAL = frozenset(("params", "param_names"))  # lists that run along the parameters of a group
 
@@ -33,8 +53,19 @@ class Parameters:
     """Name of an entry -> (id of a parameter -> its name within the entry)."""
     tensors: dict[int, str] = field(default_factory=dict)
     """id of a tensor that is in the state itself -> its name."""
-    shards: dict[int, Shard] = field(default_factory=dict)
-    """id of a tensor that was cut by hand -> its Shard."""
+    cuts: dict[int, Lowered] = field(default_factory=dict)
+    """id of a parameter in plain memory of which this rank has a part -> which part that is."""
+    absent: set[int] = field(default_factory=set)
+    """ids of parameters that are elsewhere altogether, and so have no state here."""
+    flats: dict[int, list[tuple[str, Lowered]]] = field(default_factory=dict)
+    """id of a flat parameter -> the names, within the entry, of those in it, and where in it their elements are."""
+
+    def add(self, entry: str, found: ModuleState) -> None:
+        """Note what a module has."""
+        self.modules[entry] = found.parameters
+        self.cuts |= found.cuts
+        self.flats |= found.flats
+        self.absent |= found.absent
 
 
 @dataclass(slots=True)
@@ -46,6 +77,13 @@ class Naming:
     whose tensors are `model.<name>`; `{"model": "model", …}` if names begin with the entry's, as tensors' do."""
     names: dict[int, str]
     """id of a parameter -> its name."""
+    flats: dict[int, list[tuple[str, Lowered]]] = field(default_factory=dict)
+    """id of a flat parameter -> the names of those in it, and where in it their elements are."""
+
+    def of(self, parameter: torch.Tensor) -> list[str]:
+        """The name of a parameter, or the names of those that a flat one stands for."""
+        flat = self.flats.get(id(parameter))
+        return [self.names[id(parameter)]] if flat is None else [name for name, _ in flat]
 
     def tensor(self, name: str) -> str:
         """The name of the tensor of a parameter."""
@@ -70,7 +108,8 @@ def name_parameters(
         sole = next((entry for entry in holding if parameters.modules[entry].keys() >= {id(p) for p in wanted}), None)
     if sole is not None and (saved is None or "" in saved or not saved):
         known = parameters.modules[sole]
-        return Naming({"": sole}, {id(parameter): known[id(parameter)] for parameter in wanted})
+        flats = {id(p): parameters.flats[id(p)] for p in wanted if id(p) in parameters.flats}
+        return Naming({"": sole}, {id(parameter): known[id(parameter)] for parameter in wanted}, flats)
 
     naming = Naming({}, {})
     order = list(parameters.modules)
@@ -82,6 +121,10 @@ def name_parameters(
             if fqn is not None:
                 naming.names[id(parameter)] = f"{entry}.{fqn}"
                 naming.modules[entry] = entry
+                if id(parameter) in parameters.flats:
+                    naming.flats[id(parameter)] = [
+                        (f"{entry}.{name}", within) for name, within in parameters.flats[id(parameter)]
+                    ]
                 break
         else:
             name = parameters.tensors.get(id(parameter))
@@ -93,6 +136,9 @@ def name_parameters(
         # There, all were in one module and called by their names in it
         inner = f"{saved['']}."
         naming.names = {known: name.removeprefix(inner) for known, name in naming.names.items()}
+        naming.flats = {
+            known: [(name.removeprefix(inner), within) for name, within in flat] for known, flat in naming.flats.items()
+        }
     return naming
 
 
@@ -118,12 +164,13 @@ def enter_optimizer(
 
     Raises StateError for slots of which it can't be told what part of the whole they are.
     """
-    names, state = naming.names, optimizer.state
+    names, state = naming.names, state_of(optimizer)
     local_slots: dict[str, bool] = {}
     groups = []
     known = 0
     for group in optimizer.param_groups:
-        groups.append({"params": [names[id(parameter)] for parameter in group["params"]], **hyperparameters(group)})
+        group_names = [name for parameter in group["params"] for name in naming.of(parameter)]
+        groups.append({"params": group_names, **hyperparameters(group)})
         for parameter in group["params"]:
             slots = state.get(parameter)
             if slots is None:
@@ -131,20 +178,26 @@ def enter_optimizer(
             known += 1
             if not slots:
                 continue
-            prefix = f"{key}.state.{names[id(parameter)]}."
-            cut = _cut(parameter, parameters)
+            prefix = f"{key}.state."
+            odd = next((slot for slot in slots if type(slot) is not str), None)
+            if odd is not None:
+                where = f"{prefix}{names[id(parameter)]}.{odd!r}"
+                raise StateError(f"{where} is a slot whose name is no string; name it by one", tensor=key)
+            if id(parameter) in naming.flats:
+                _enter_flat(inventory, prefix, parameter, naming.flats[id(parameter)], slots)
+                continue
+            prefix += f"{names[id(parameter)]}."
+            cut = cut_of(parameter, parameters)
             for slot, value in slots.items():
-                if type(slot) is not str:
-                    raise StateError(f"{prefix}{slot!r} is a slot whose name is no string; name it by one", tensor=key)
-                if isinstance(value, torch.Tensor):
-                    if cut is not None and value.ndim and not isinstance(value, DTensor):
-                        local_slots |= _enter_local(inventory, prefix + slot, value, cut, slot)
-                    else:
-                        inventory.tensor(prefix + slot, value)
-                else:
+                if not isinstance(value, torch.Tensor):
                     inventory.value(prefix + slot, value)
+                elif cut is not None and value.ndim and not isinstance(value, DTensor):
+                    if _enter_local(inventory, prefix + slot, value, cut) and isinstance(parameter, DTensor):
+                        local_slots[slot] = True
+                else:
+                    inventory.tensor(prefix + slot, value)
     if known != len(state):
-        _enter_strays(inventory, key, optimizer)
+        _enter_strays(inventory, key, optimizer, state)
     inventory.local.values[f"{key}.param_groups"] = groups  # not looked into: its tensors stay values
     for name, value in own_extras(optimizer).items():
         inventory.value(f"{key}.{name}", value)
@@ -161,41 +214,108 @@ def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def own_extras(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What an optimizer with a `state_dict` of its own saves beside `state` and `param_groups`."""
-    if type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
+    if type(optimizer).state_dict is torch.optim.Optimizer.state_dict or is_zero(optimizer):
         return {}
     return {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
 
 
-def _cut(parameter: torch.Tensor, parameters: Parameters) -> DTensor | Shard | None:
-    """How a parameter is cut, if this rank has only a part of it."""
+def is_zero(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torch's ZeroRedundancyOptimizer."""
+    kind = type(optimizer)
+    return kind.__qualname__ == "ZeroRedundancyOptimizer" and kind.__module__.startswith("torch.distributed.optim")
+
+
+def state_of(optimizer: Any) -> Any:
+    """Parameter -> slots, where the optimizer has them: a ZeroRedundancyOptimizer, in the one that it has made."""
+    return optimizer.optim.state if is_zero(optimizer) else optimizer.state
+
+
+def keeps(optimizer: Any, parameter: torch.Tensor, parameters: Parameters) -> bool:
+    """Whether this rank keeps slots of a parameter of an optimizer.
+
+    Not of one that ZeroRedundancyOptimizer has given to another rank, nor of one that FSDP1 has cut so that nothing of
+    it is here.
+    """
+    if is_zero(optimizer):
+        return bool(optimizer._param_to_rank[parameter] == optimizer.rank)
+    return id(parameter) not in parameters.absent
+
+
+class Cut(NamedTuple):
+    """What a rank has of a parameter, if it is not all of it."""
+
+    lowered: Lowered
+    local: tuple[int, ...]
+    """Shape of what it has."""
+
+
+def cut_of(parameter: torch.Tensor, parameters: Parameters) -> Cut | None:
+    """How a parameter is cut; None if it is whole on this rank. Raises what `lower` raises."""
     if isinstance(parameter, DTensor):
-        return None if parameter._local_tensor.shape == parameter.shape else parameter
-    return parameters.shards.get(id(parameter))
+        local = parameter._local_tensor.shape
+        return None if local == parameter.shape else Cut(lower(parameter), tuple(local))
+    lowered = parameters.cuts.get(id(parameter))
+    if lowered is None:
+        return None
+    # what FSDP1 cuts may be gathered for a while
+    flat = lowered.cut == FLAT
+    return Cut(lowered, (sum(box.numel for box, _ in lowered.pieces),) if flat else tuple(parameter.shape))
 
 
-def _enter_local(
-    inventory: Inventory, name: str, value: torch.Tensor, cut: DTensor | Shard, slot: str
-) -> dict[str, bool]:
-    """Enter a plain slot of a parameter that is cut, which has to be told from one that is equal on all ranks."""
-    local, whole = (cut.local, cut.global_shape) if isinstance(cut, Shard) else (cut._local_tensor, tuple(cut.shape))
-    if value.shape == local.shape:
-        inventory.like(name, value, cut)
-        return {slot: True}
+def _enter_local(inventory: Inventory, name: str, value: torch.Tensor, cut: Cut) -> bool:
+    """Enter a plain slot of a parameter that is cut; whether it is cut likewise, rather than equal on all ranks."""
+    if value.shape == cut.local:
+        inventory.part(name, value, cut.lowered)
+        return True
+    whole = cut.lowered.shape
     if tuple(value.shape) != whole and value.numel() != 1:
         raise StateError(
             f"the slot {name!r} is a plain tensor of shape {list(value.shape)}, while its parameter is cut: "
-            f"{list(local.shape)} of {list(whole)} on this rank. It can't be told whether it is equal on all ranks; "
+            f"{list(cut.local)} of {list(whole)} on this rank. It can't be told whether it is equal on all ranks; "
             "make it a DTensor",
             tensor=name,
         )
     inventory.tensor(name, value)
-    return {}
+    return False
 
 
-def _enter_strays(inventory: Inventory, key: str, optimizer: torch.optim.Optimizer) -> None:
+def _enter_flat(
+    inventory: Inventory,
+    prefix: str,
+    parameter: torch.Tensor,
+    members: list[tuple[str, Lowered]],
+    slots: Mapping[str, Any],
+) -> None:
+    """Enter the slots of a flat parameter, for each that is in it."""
+    for slot, value in slots.items():
+        for name, within in members:
+            path = f"{prefix}{name}.{slot}"
+            if not isinstance(value, torch.Tensor):
+                inventory.value(path, value)
+            elif value.ndim == 1 and value.numel() == flat_numel(parameter):
+                inventory.part(path, value, within)
+            elif value.ndim == 0:
+                # by itself for each: elsewhere they are not one
+                inventory.part(path, value, Lowered((), ((_SCALAR, _SCALAR),)))
+            else:
+                raise StateError(
+                    f"the slot {slot!r} of a flat parameter, in which {name!r} is, has the shape {list(value.shape)}: "
+                    "it can't be told what of it belongs to which parameter; wrap with use_orig_params=True, or use "
+                    "fully_shard",
+                    tensor=path,
+                )
+
+
+def flat_numel(parameter: Any) -> int:
+    """Elements of a flat parameter on this rank, also while all of it is gathered."""
+    shard = getattr(parameter, "_local_shard", None)
+    return int((parameter if shard is None else shard).numel())
+
+
+def _enter_strays(inventory: Inventory, key: str, optimizer: torch.optim.Optimizer, state: Mapping[Any, Any]) -> None:
     """Enter state that belongs to no parameter. State of tensors that are no parameters any more is refused."""
     owned = {id(parameter) for _, _, parameter in _positions(optimizer)}
-    strays: list[tuple[Any, Any]] = [(name, value) for name, value in optimizer.state.items() if id(name) not in owned]
+    strays: list[tuple[Any, Any]] = [(name, value) for name, value in state.items() if id(name) not in owned]
     for name, value in strays:
         if isinstance(name, torch.Tensor):
             if value:
@@ -216,7 +336,14 @@ def _enter_strays(inventory: Inventory, key: str, optimizer: torch.optim.Optimiz
 
 def _refuse_unknown(key: str, optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer)
-    if kind.__module__.startswith("torch.distributed.optim."):
+    if is_zero(optimizer):
+        if optimizer._overlap_with_ddp:  # type: ignore[attr-defined]
+            raise StateError(
+                f"the optimizer {key!r} is a ZeroRedundancyOptimizer with overlap_with_ddp, which steps in hooks of "
+                "DistributedDataParallel; make it without that",
+                tensor=key,
+            )
+    elif kind.__module__.startswith("torch.distributed.optim."):
         raise StateError(
             f"the optimizer {key!r} is a {kind.__qualname__}, which keeps the parts of its state elsewhere; "
             "use torch.optim with fully_shard in its place",

@@ -17,9 +17,20 @@ from ckpt.state.containers import references
 from ckpt.state.dtensor import replicated, zeros_like
 from ckpt.state.given import Given
 from ckpt.state.inventory import Inventory
-from ckpt.state.optimizers import Naming, Parameters, hyperparameters, own_extras
-from ckpt.state.types import Disassembled, PerRankRef, SavedState, SavedTensor, TensorRef
+from ckpt.state.optimizers import (
+    Naming,
+    Parameters,
+    cut_of,
+    flat_numel,
+    hyperparameters,
+    is_zero,
+    keeps,
+    own_extras,
+    state_of,
+)
+from ckpt.state.types import Disassembled, Lowered, PerRankRef, SavedState, SavedTensor, TensorRef
 from ckpt_formats.errors import FormatError, MissingTensorError, StateError, StateMismatchError
+from ckpt_formats.geometry import Box
 
 __all__ = ["OptimizerTarget"]
 
@@ -36,6 +47,7 @@ class OptimizerTarget:
     missing: list[str] = field(default_factory=list)
     wanted: set[str] = field(default_factory=set)
     _slots: list[tuple[torch.Tensor, _Slots]] = field(default_factory=list)
+    _flats: list[FlatSlots] = field(default_factory=list)
     _groups: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
     _free: _Slots = field(default_factory=dict)
     _extras: _Slots = field(default_factory=dict)
@@ -78,17 +90,29 @@ class OptimizerTarget:
         for index, group in enumerate(self.optimizer.param_groups):
             names = {}
             for parameter in group["params"]:
-                name = _saved_name(naming.names[id(parameter)], group_of, then, saved)
-                slots = found.slots.get(name)
-                if name not in group_of:
-                    self.missing.append(f"{key}.param_groups.{name}")
-                    if slots is None:
-                        continue  # unknown to the checkpoint: stays as it is
-                else:
-                    names[name] = group_of[name]
-                own = groups[group_of[name]] if name in group_of else group
-                made = {}
-                for slot, marked in (slots or {}).items():
+                parts = []  # one, or what a flat parameter has in it
+                for live_name in naming.of(parameter):
+                    name = _saved_name(live_name, group_of, then, saved)
+                    parts.append(name)
+                    if name in group_of:
+                        names[name] = group_of[name]
+                    else:
+                        self.missing.append(f"{key}.param_groups.{name}")
+                known = [name for name in parts if name in group_of or name in found.slots]
+                if not known or not keeps(self.optimizer, parameter, parameters):
+                    continue  # unknown to the checkpoint, or elsewhere: stays as it is
+                own = groups[group_of[known[0]]] if known[0] in group_of else group
+                if id(parameter) in naming.flats:
+                    members = list(zip(parts, (within for _, within in naming.flats[id(parameter)]), strict=True))
+                    flat = FlatSlots(parameter, members, state_of(self.optimizer).get(parameter, {}))
+                    flat.plan(maker, {name: found.slots.get(name, {}) for name in parts}, own)
+                    self._flats.append(flat)
+                    self.wanted |= {
+                        f"{key}.state.{name}.{slot}" for name in parts for slot in found.slots.get(name, ())
+                    }
+                    continue
+                name, made = parts[0], {}
+                for slot, marked in found.slots.get(name, {}).items():
                     made[slot] = maker.slot(parameter, name, slot, marked, own)
                     self.wanted.add(f"{key}.state.{name}.{slot}")
                 self.wanted |= maker.used
@@ -117,19 +141,24 @@ class OptimizerTarget:
     def apply(self, given: Given) -> None:
         """Attach the slots, and set the hyperparameters; a parameter without saved state has none afterwards."""
         optimizer = self.optimizer
+        state = state_of(optimizer)
         slots = [(parameter, given.fill(made)) for parameter, made in self._slots]
+        slots += [(flat.parameter, flat.filled(given)) for flat in self._flats]
         if self._extras:
             self._load_by_itself(slots, {name: given.fill(marked) for name, marked in self._extras.items()})
         for parameter, made in slots:
             if made:
-                optimizer.state[parameter] = made
+                state[parameter] = made
             else:
-                optimizer.state.pop(parameter, None)
+                state.pop(parameter, None)
         for name, marked in self._free.items():
-            optimizer.state[name] = given.fill(marked)  # type: ignore[index]
+            state[name] = given.fill(marked)
         for index, hyper in self._groups:
             live = optimizer.param_groups[index]
             live.update(_placed(live, hyper))
+        if is_zero(optimizer):
+            zero: Any = optimizer  # it has the groups twice
+            zero._sync_param_groups(zero.param_groups, zero.optim.param_groups)
 
     def _load_by_itself(self, slots: list[tuple[torch.Tensor, _Slots]], extras: dict[str, Any]) -> None:
         """Let an optimizer with a `load_state_dict` of its own take what only it knows of."""
@@ -327,6 +356,15 @@ class _Maker:
                 continue
             self._made[stored] = self._tensor(mark.name, found, parameter, name, slot, hyper)
 
+    def saved(self, mark: TensorRef) -> SavedTensor | None:
+        """What a mark stands for, if it is one tensor."""
+        return self._saved.find(mark.name)
+
+    def enter(self, name: str, tensor: torch.Tensor, lowered: Lowered) -> None:
+        """Enter a tensor that was made elsewhere."""
+        self.used.add(name)
+        self._inventory.part(name, tensor, lowered)
+
     def _subclass(self, name: str) -> None:
         """A slot of a class that can't be made from a file: the live one is filled."""
         live = self._live.live.get(name)
@@ -350,20 +388,25 @@ class _Maker:
         slot: str,
         hyper: Mapping[str, Any],
     ) -> torch.Tensor:
-        dtype, shape = found
-        shard = self._parameters.shards.get(id(parameter))
-        whole = shard.global_shape if shard is not None else tuple(parameter.shape)
-        then = self._saved.find(self._naming.tensor(name)) if name else None
-        if then is not None and slot != "step" and dtype == then.dtype != parameter.dtype:
-            dtype = parameter.dtype  # a slot of its parameter's dtype follows it to another
-        alike = bool(name) and slot != "step" and shape == (whole if then is None else then.shape)
-        if alike:
-            shape = whole
+        cut = self._parameters.cuts.get(id(parameter))
+        whole = cut.shape if cut is not None else tuple(parameter.shape)
+        dtype, alike = self.kind(found, parameter.dtype, whole, name, slot)
+        shape = whole if alike else found.shape
         there = self._live.live.get(full)
         if there is not None and self._fits(full, there, dtype, shape):
             self._inventory.adopt(full, self._live)
             return there
         return self._new(full, dtype, shape, parameter, slot, hyper, alike=alike)
+
+    def kind(
+        self, found: SavedTensor, parameter: torch.dtype, whole: tuple[int, ...], name: str, slot: str
+    ) -> tuple[torch.dtype, bool]:
+        """The dtype that a slot is to have, and whether it has the shape of its parameter, which is `whole` now."""
+        then = self._saved.find(self._naming.tensor(name)) if name else None
+        alike = bool(name) and slot != "step" and found.shape == (whole if then is None else then.shape)
+        if then is not None and slot != "step" and found.dtype == then.dtype != parameter:
+            return parameter, alike  # a slot of its parameter's dtype follows it to another
+        return found.dtype, alike
 
     def _fits(self, full: str, there: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         described = self._live.local.tensors.get(self._live.local.aliases.get(full, full))
@@ -380,23 +423,17 @@ class _Maker:
         *,
         alike: bool,
     ) -> torch.Tensor:
-        shard = self._parameters.shards.get(id(parameter))
-        if alike:
-            if isinstance(parameter, DTensor) and self._local.get(slot):
-                made = torch.empty_like(parameter._local_tensor, dtype=dtype)
-                self._inventory.like(full, made, parameter)
-                return made
-            if isinstance(parameter, DTensor):
-                made = zeros_like(parameter, dtype)
-            else:
-                made = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-            if shard is not None:
-                self._inventory.like(full, made, shard)
-                return made
+        cut = cut_of(parameter, self._parameters)
+        if alike and isinstance(parameter, DTensor) and not (cut is not None and self._local.get(slot)):
+            made: torch.Tensor = zeros_like(parameter, dtype)
+        elif alike and cut is not None:
+            made = torch.zeros(cut.local, dtype=dtype, device=parameter.device)
+            self._inventory.part(full, made, cut.lowered)
+            return made
+        elif alike:
+            made = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         elif not shape:
-            # Where torch.optim's own load_state_dict puts it: only `step` may stay on the CPU
-            moves = slot != "step" or hyper.get("capturable") or hyper.get("fused")
-            made = torch.empty((), dtype=dtype, device=parameter.device if moves else "cpu")
+            made = torch.empty((), dtype=dtype, device=scalar_device(parameter, slot, hyper))
         elif isinstance(parameter, DTensor):
             self._saved.require(full)
             made = replicated(parameter, shape, dtype)
@@ -405,3 +442,85 @@ class _Maker:
             made = torch.empty(shape, dtype=dtype, device=parameter.device)
         self._inventory.tensor(full, made)
         return made
+
+
+def scalar_device(parameter: torch.Tensor, slot: str, hyper: Mapping[str, Any]) -> torch.device:
+    """Where torch.optim's own load_state_dict puts a slot of one element: only `step` may stay on the CPU."""
+    moves = slot != "step" or hyper.get("capturable") or hyper.get("fused")
+    return parameter.device if moves else torch.device("cpu")
+
+
+class FlatSlots:
+    """The slots of a flat parameter of FSDP1: one tensor for those of all parameters that are in it."""
+
+    def __init__(self, parameter: torch.Tensor, members: list[tuple[str, Lowered]], there: Mapping[str, Any]) -> None:
+        """`members`: what the checkpoint calls what is in it, and where in it; `there`: its slots now."""
+        self.parameter = parameter
+        self._members = members
+        self._there = there
+        self._made: _Slots = {}
+        """Slot -> the tensor, or for each parameter its own marked value, all of which must turn out to be equal."""
+
+    def plan(self, maker: _Maker, slots: Mapping[str, _Slots], hyper: Mapping[str, Any]) -> None:
+        """Enter every slot. `slots`: name -> what was saved for it.
+
+        Raises StateMismatchError if they have not the same slots, StateError for slots that are no flat ones.
+        """
+        first = self._members[0][0]
+        for slot in dict.fromkeys(slot for saved in slots.values() for slot in saved):
+            values = {}
+            for name, within in self._members:
+                if slot not in slots[name]:
+                    raise StateMismatchError(
+                        f"{first!r} and {name!r} are in one flat parameter here, but {slot!r} was saved of only one of "
+                        "them; wrap with use_orig_params=True",
+                        tensor=name,
+                    )
+                values[name] = slots[name][slot]
+                self._enter(maker, name, within, slot, values[name], hyper)
+            if slot not in self._made:
+                self._made[slot] = values
+
+    def _enter(
+        self, maker: _Maker, name: str, within: Lowered, slot: str, marked: Any, hyper: Mapping[str, Any]
+    ) -> None:
+        marks = list(references(marked))
+        if not marks:
+            return
+        found = maker.saved(marked) if marks == [marked] else None
+        if found is None or (found.shape and not maker.kind(found, self.parameter.dtype, within.shape, name, slot)[1]):
+            raise StateError(
+                f"the slot {slot!r} that was saved of {name!r} has no place in a flat parameter; wrap with "
+                "use_orig_params=True, or use fully_shard",
+                tensor=name,
+            )
+        dtype, _ = maker.kind(found, self.parameter.dtype, within.shape, name, slot)
+        if not found.shape:
+            made = torch.empty((), dtype=dtype, device=scalar_device(self.parameter, slot, hyper))
+            maker.enter(marked.name, made, Lowered((), ((Box((), ()), Box((), ())),)))
+            return
+        flat = self._made.get(slot, self._there.get(slot))
+        size = (flat_numel(self.parameter),)
+        if not (isinstance(flat, torch.Tensor) and flat.shape == size and flat.dtype == dtype):
+            # zeros, for there is padding too
+            flat = torch.zeros(size, dtype=dtype, device=self.parameter.device)
+        self._made[slot] = flat
+        maker.enter(marked.name, flat, within)
+
+    def filled(self, given: Given) -> _Slots:
+        """The slots, once all bytes have arrived. StateMismatchError if parameters have different values of one."""
+        slots: _Slots = {}
+        for slot, made in self._made.items():
+            if isinstance(made, torch.Tensor):
+                slots[slot] = made
+                continue
+            values = {name: given.fill(marked) for name, marked in made.items()}
+            (first, slots[slot]), *others = values.items()
+            for name, value in others:
+                if not _equal(value, slots[slot]):
+                    raise StateMismatchError(
+                        f"{first!r} and {name!r} are in one flat parameter here, but were saved with {slot} = "
+                        f"{slots[slot]!r} and {value!r}; wrap with use_orig_params=True",
+                        tensor=name,
+                    )
+        return slots

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from ckpt import collector
 from ckpt.state.containers import is_spread, references, rejoin, replace
 from ckpt.state.entries import Entry, entries_of
-from ckpt.state.flatten import note_parameters
+from ckpt.state.flatten import enter_tensors, note_parameters
+from ckpt.state.fsdp1 import drop_gathered
 from ckpt.state.given import ABSENT, Given
 from ckpt.state.inventory import Inventory
 from ckpt.state.modules import ModuleState, walk_module
@@ -149,6 +150,8 @@ class _Module:
     def apply(self, given: Given) -> None:
         for module in self.found.fsdp:
             module.reshard()  # a gathered copy would be of the parameters before
+        for wrapper in self.found.fsdp1:
+            drop_gathered(wrapper)
         for custom, marked in zip(self.found.custom, self.custom, strict=True):
             custom.restore({name: given.fill(item) for name, item in marked.items()})
         for name, module in self.found.extra:
@@ -204,9 +207,8 @@ class _Matching:
         key = entry.key
         self._keys.append(key)
         found = walk_module(entry.value, loading=True)
-        parameters.modules[key] = found.parameters
-        for fqn, tensor in found.members:
-            self._inventory.tensor(f"{key}.{fqn}", tensor)
+        parameters.add(key, found)
+        enter_tensors(self._inventory, key, found)
         part = _Module(key, found)
         for custom in found.custom:
             marks = {fqn: self._tree(f"{key}.{fqn}", value) for fqn, value in custom.state().items()}

@@ -5,19 +5,22 @@ Saving reads from these, loading writes into them. This module knows nothing of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from ckpt_formats.errors import StateError
-from ckpt_formats.geometry import Box
+from ckpt_formats.geometry import Box, flat_boxes
 
 __all__ = [
     "Disassembled",
     "LocalState",
     "LocalTensor",
+    "Lowered",
     "Mesh",
     "PerRank",
     "PerRankRef",
@@ -28,8 +31,45 @@ __all__ = [
     "TensorRef",
 ]
 
+FLAT: Final = "flat"
+"""Says of a tensor that it is cut into intervals of its flattened form."""
+
 Mesh = tuple[tuple[str, ...], tuple[int, ...]]
 """Names and sizes of the axes of the device mesh that a tensor is cut over."""
+
+
+class Lowered(NamedTuple):
+    """What this rank holds of a tensor."""
+
+    shape: tuple[int, ...]
+    """Of the global tensor."""
+
+    pieces: tuple[tuple[Box, Box], ...]
+    """(box in the global tensor, box in the local tensor), in row-major order; none when the rank holds nothing.
+
+    The local box has as many elements, in the same order; a flat local tensor has one dimension.
+    """
+
+    cut: str = ""
+    """How the tensor is cut, a word for each mesh axis, as in `S(0)@dp R@tp`.
+
+    `R` is replicated; `S(d)` cut in dimension d, in order of the mesh's axes; `SS(d,n)` cut in dimension d within each
+    of n pieces, which is what FSDP2 over n-fold tensor parallelism of the same dimension does. `flat` alone: intervals
+    of the flattened tensor.
+    """
+
+    mesh: Mesh | None = None
+    """Names and sizes of its axes, outermost first; an axis without a name is called by its number."""
+
+    def pieces_of(self, local: torch.Tensor) -> list[Piece]:
+        """The pieces, in a local tensor that has the shape of the one that is cut so."""
+        if local.requires_grad:
+            local = local.detach()
+        made = []
+        for box, within in self.pieces:
+            view = local if within.sizes == local.shape else local[within.slices()]
+            made.append(Piece(box, view if within.sizes == box.sizes else view.view(box.sizes)))
+        return made
 
 
 @dataclass(eq=False, slots=True)
@@ -108,7 +148,10 @@ class SavedState:
 
 
 class Shard:
-    """A tensor that was cut by hand: this rank's box of a global tensor.
+    """A tensor that was cut by hand: what this rank holds of a global tensor.
+
+    `Shard(local, global_shape, offsets)` is one box; `Shard.of_parts` several, with padding if need be; `Shard.flat` an
+    interval of the flattened tensor.
 
     Args:
         local: the live memory of this rank's part; its shape is the box's.
@@ -118,25 +161,99 @@ class Shard:
     Raises StateError if the part does not lie within the whole.
     """
 
-    __slots__ = ("global_shape", "local", "offsets")
+    __slots__ = ("global_shape", "local", "lowered")
 
     def __init__(self, local: torch.Tensor, global_shape: Sequence[int], offsets: Sequence[int]) -> None:
+        self._hold(local, global_shape, [(offsets, (0,) * local.ndim, tuple(local.shape))])
+
+    @classmethod
+    def of_parts(
+        cls,
+        local: torch.Tensor,
+        global_shape: Sequence[int],
+        parts: Iterable[tuple[Sequence[int], Sequence[int], Sequence[int]]],
+    ) -> Shard:
+        """A part made of several boxes, a fused weight for example. What no box covers of `local` is padding.
+
+        Args:
+            local: the live memory.
+            global_shape: the shape of the whole.
+            parts: for each box: where it begins in the whole, where it begins in `local`, and its sizes.
+
+        Raises StateError for a box that lies within neither, and for boxes that overlap in `local`.
+        """
+        self = cls.__new__(cls)
+        self._hold(local, global_shape, list(parts))
+        return self
+
+    @classmethod
+    def flat(cls, local: torch.Tensor, global_shape: Sequence[int], start: int) -> Shard:
+        """An interval of the flattened tensor, as ZeRO cuts: `local` [n] has its elements `start` to `start + n`.
+
+        Raises StateError if `local` has more than one dimension or leaves the tensor.
+        """
+        self = cls.__new__(cls)
+        self.local, self.global_shape = local, tuple(int(size) for size in global_shape)
+        if local.ndim != 1 or not 0 <= start <= start + local.numel() <= math.prod(self.global_shape):
+            raise StateError(
+                f"a flat Shard of shape {tuple(local.shape)} that begins at element {start} is no interval of a "
+                f"flattened tensor of shape {self.global_shape}; give a tensor of one dimension, without padding"
+            )
+        self.lowered = flat_interval(self.global_shape, int(start), int(start) + local.numel())
+        return self
+
+    def _hold(
+        self,
+        local: torch.Tensor,
+        global_shape: Sequence[int],
+        parts: list[tuple[Sequence[int], Sequence[int], Sequence[int]]],
+    ) -> None:
         self.local = local
         self.global_shape = tuple(int(size) for size in global_shape)
-        self.offsets = tuple(int(offset) for offset in offsets)
-        sizes = tuple(local.shape)
-        inside = len(sizes) == len(self.global_shape) == len(self.offsets) and all(
-            offset >= 0 and offset + size <= whole
-            for offset, size, whole in zip(self.offsets, sizes, self.global_shape, strict=True)
-        )
-        if not inside:
-            raise StateError(
-                f"a Shard of shape {sizes} at offsets {self.offsets} does not lie within a tensor of shape "
-                f"{self.global_shape}; give the shape of the whole tensor and where this rank's part begins in it"
-            )
+        self.lowered = by_hand(tuple(local.shape), self.global_shape, parts)
 
     def __repr__(self) -> str:
-        return f"Shard({Box(self.offsets, tuple(self.local.shape))} of {list(self.global_shape)})"
+        return f"Shard({', '.join(str(box) for box, _ in self.lowered.pieces)} of {list(self.global_shape)})"
+
+
+def by_hand(
+    local: tuple[int, ...],
+    shape: tuple[int, ...],
+    parts: Iterable[tuple[Sequence[int], Sequence[int], Sequence[int]]],
+) -> Lowered:
+    """What is held in a local tensor of that shape, as somebody says; see Shard.of_parts. Raises StateError."""
+    pieces: list[tuple[Box, Box]] = []
+    for offsets, begins, sizes in parts:
+        extent = tuple(int(size) for size in sizes)
+        box, within = (Box(tuple(int(at) for at in corner), extent) for corner in (offsets, begins))
+        alike = len({len(box.offsets), len(within.offsets), len(extent), len(shape), len(local)}) == 1
+        fits = alike and min(extent, default=0) >= 0
+        if not fits or not (Box.whole(shape).contains(box) and Box.whole(local).contains(within)):
+            raise StateError(
+                f"a Shard of shape {extent} at offsets {tuple(offsets)} does not lie within a tensor of shape "
+                f"{shape}, or at {tuple(begins)} not within a local one of shape {local}; give the shape of the whole "
+                "tensor and where this rank's part begins in it"
+            )
+        if 0 in extent:
+            continue
+        for _, other in pieces:
+            if other.intersect(within):
+                raise StateError(
+                    f"two parts of a Shard are both in {other.intersect(within)} of the local tensor; each element "
+                    "of it can be one of the whole only"
+                )
+        pieces.append((box, within))
+    return Lowered(shape, tuple(pieces))
+
+
+@functools.lru_cache(maxsize=65536)
+def flat_interval(shape: tuple[int, ...], start: int, stop: int, at: int = 0) -> Lowered:
+    """The elements [start, stop) of a flattened tensor, in a local tensor of one dimension, from its element `at`."""
+    pieces = []
+    for box in flat_boxes(shape, start, stop):
+        pieces.append((box, Box((at,), (box.numel,))))
+        at += box.numel
+    return Lowered(shape, tuple(pieces), FLAT)
 
 
 class PerRank:

@@ -212,16 +212,6 @@ def test_lazy_modules_have_no_state_before_they_ran() -> None:
     assert set(flatten({"model": model}).tensors) == {"model.0.weight", "model.0.bias"}
 
 
-def test_fsdp1_is_refused_with_the_way_out() -> None:
-    # by its class alone: making a real one needs a process group
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-    nn.Module.__init__(wrapped)
-    with pytest.raises(StateError, match=r"FSDP1.*fully_shard"):
-        flatten({"model": nn.Sequential(wrapped)})
-
-
 def test_scripted_modules_are_walked_like_others() -> None:
     inner = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     saved = save({"model": inner})

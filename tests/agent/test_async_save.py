@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ckpt
 from ckpt import api
+from ckpt.agent import homes
 from ckpt.agent.client import AgentClient
 from ckpt.agent.saver import AsyncSaver
 from ckpt.agent.server import Agent
@@ -33,7 +34,6 @@ from ckpt_formats.errors import (
     StateError,
     ValuesDifferError,
 )
-from tests.conftest import SESSION
 from tests.ranks import Killed, run_ranks
 
 
@@ -282,22 +282,15 @@ def test_a_full_arena_makes_a_save_wait_and_say_so(tmp_path: Path, caplog: pytes
 # --- agents as processes
 
 
-def agents() -> set[str]:
-    """The homes of agents, but for those that are held by agents of other runs of the tests."""
-    homes = {name for name in os.listdir("/dev/shm") if name.startswith(f"ckpt-agent-{os.getuid()}-")}
-    ours = f"{SESSION}={os.environ[SESSION]}".encode()
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdecimal() and ours not in process.joinpath("environ").read_bytes().split(b"\0"):
-                for file in process.joinpath("fd").iterdir():
-                    homes.discard(os.path.basename(os.path.dirname(os.readlink(file))))
-        except OSError:
-            continue  # it has ended
-    return homes
+def agents_below(folder: str) -> None:
+    """Have the agents that this process starts live in `agents` there, apart from those of others on this machine."""
+    homes.MEMORY = os.path.join(folder, "agents")
+    os.makedirs(homes.MEMORY, exist_ok=True)
 
 
 def die_when_captured(rank: int, world_size: int, folder: str, when: str) -> None:
     torch.manual_seed(0)
+    agents_below(folder)
     state = {"w": torch.arange(3_000_000, dtype=torch.float32), "x": ckpt.PerRank(rank)}
     ckpt.save({"w": torch.zeros(3)}, f"{folder}/before")
     if when == "captured":
@@ -310,22 +303,20 @@ def die_when_captured(rank: int, world_size: int, folder: str, when: str) -> Non
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_captured_save_is_committed_although_all_trainers_are_killed(world_size: int, tmp_path: Path) -> None:
-    before = agents()
     results = run_ranks(die_when_captured, world_size, str(tmp_path), "captured", allow_death=True)
     assert all(isinstance(result, Killed) for result in results)
     until((tmp_path / "a" / "manifest.json").exists, "the agent to commit")
     with ckpt.open(tmp_path / "a") as checkpoint:
         assert torch.equal(checkpoint["w"][:], torch.arange(3_000_000, dtype=torch.float32))
-    until(lambda: agents() <= before, "the agent to end and leave nothing")
+    until(lambda: not os.listdir(tmp_path / "agents"), "the agent to end and leave nothing")
 
 
 def test_a_save_whose_trainer_died_before_capturing_leaves_nothing(tmp_path: Path) -> None:
-    before = agents()
     run_ranks(die_when_captured, 1, str(tmp_path), "copying", allow_death=True)
-    until(lambda: agents() <= before, "the agent to end and leave nothing")
+    until(lambda: not os.listdir(tmp_path / "agents"), "the agent to end and leave nothing")
     with pytest.raises(CheckpointNotFoundError):
         ckpt.open(tmp_path / "a")
-    assert os.listdir(tmp_path) == ["before"]
+    assert sorted(os.listdir(tmp_path)) == ["agents", "before"]
 
 
 def train_and_save(rank: int, world_size: int, folder: str) -> None:

@@ -67,14 +67,14 @@ class Agents:
         setattr(subprocess, "Popen", popen)  # noqa: B010
 
     def ended(self, seconds: float = 30.0) -> None:
-        """Wait until all of them have ended; those that are frozen are ended now."""
+        """Wait until all of them have ended; those that are frozen, or will be, are ended."""
+        deadline = time.monotonic() + seconds
         for forked in self.running:
-            if (
-                forked.poll() is None
-                and Path(f"/proc/{forked.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-            ):
-                forked.kill()
-            forked.wait(seconds)
+            while forked.poll() is None:
+                if forked.frozen():
+                    forked.kill()
+                assert time.monotonic() < deadline, f"the agent in process {forked.pid} does not end"
+                time.sleep(0.005)
         self.running.clear()
 
     def become(self, command: Sequence[str], options: dict[str, Any]) -> None:
@@ -173,8 +173,11 @@ class _Forked:
 
     def frozen(self) -> bool:
         """Whether it is stopped by a signal."""
-        stat = Path(f"/proc/{self.pid}/stat")
-        return self.poll() is None and stat.read_text().rpartition(")")[2].split()[0] == "T"
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False  # another thread waits for it, too
+        return stat.rpartition(")")[2].split()[0] == "T"
 
     def wait(self, timeout: float | None = None) -> int:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -38,10 +38,13 @@ class Claim:
 
     Attributes:
         fd: the open file, which has the lock; a process that inherits it keeps the run too.
+        before: when the job before gave its last sign of life, in seconds by the file system's clock; None if it gave
+            the run back, or there was none.
     """
 
     def __init__(self, run: str, fd: int) -> None:
         self.fd = fd
+        self.before = os.fstat(fd).st_mtime if _holder(fd) else None
         self._path = os.path.join(run, NAME)
         self._key = secrets.token_hex(8)
         self._over = threading.Event()

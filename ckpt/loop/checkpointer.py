@@ -33,7 +33,6 @@ from ckpt.loop.agreement import Agreement
 from ckpt.loop.interruption import Interruption, Notice, reason
 from ckpt.loop.lead import Lead
 from ckpt.loop.resume import resume
-from ckpt.planning.interval import NODE_MTBF
 from ckpt_formats.errors import (
     CheckpointError,
     CoverageError,
@@ -65,7 +64,8 @@ class Checkpointer:
         keep: which checkpoints stay: the n newest for a number, or LatestN, EveryN, BestN or Any of them; all without.
         tiers: levels, when there are several: Disk and Remote. Saves are committed on the first disk, and flow to the
             others in the background.
-        mtbf: for "auto", the mean time between failures of the whole job; by default what is known of large clusters.
+        mtbf: for "auto", the mean time between failures of the whole job; by default what is known of large clusters,
+            and as the run goes on, what it has seen itself.
         preemption: says that this machine will be taken away: a function without arguments that returns whether it
             will, called about every second, or the path of a file that appears then. Asked on every rank.
         signals: which signals ask for a last save and the end of the loop.
@@ -149,8 +149,7 @@ class Checkpointer:
             failure: BaseException | None = None
             try:
                 if hosts is not None:  # on rank 0
-                    mtbf = self._mtbf or NODE_MTBF / len(set(hosts))
-                    self._lead = stack.enter_context(Lead(self.path, self.levels, mtbf))
+                    self._lead = stack.enter_context(Lead(self.path, self.levels, len(set(hosts)), self._mtbf))
             except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
                 failure = error
             group.agree(failure)
@@ -181,9 +180,11 @@ class Checkpointer:
         Raises:
             SaveFailedError: the last save failed, so that the end of the training is not stored.
         """
+        if kind is not None:
+            self._over.__exit__(kind, error, trace)
+            return
         with self._over:
-            if kind is None:
-                self._finish()
+            self._finish()
 
     def _finish(self) -> None:
         """Collective."""

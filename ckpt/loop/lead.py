@@ -22,6 +22,7 @@ from ckpt.levels.claim import Claim
 from ckpt.levels.flow import STATUS
 from ckpt.levels.record import write_levels
 from ckpt.levels.tiers import Level
+from ckpt.loop.lives import Lives
 from ckpt.planning.interval import best_interval
 from ckpt.storage.objects import ObjectStore
 from ckpt_formats.errors import CheckpointError, SaveFailedError
@@ -52,7 +53,9 @@ class Lead:
     Args:
         run: the run's folder; it is made.
         levels: its levels.
-        mtbf: mean seconds between failures of the job, for levels that are due as often as pays.
+        nodes: on how many the job runs.
+        mtbf: mean seconds between its failures, for levels that are due as often as pays; for None, what the run has
+            seen so far tells.
 
     Attributes:
         failed: why the newest save that has ended failed; None if it did not.
@@ -63,7 +66,7 @@ class Lead:
         StoreError: a remote level can't be used.
     """
 
-    def __init__(self, run: str, levels: Sequence[Level], mtbf: float) -> None:
+    def __init__(self, run: str, levels: Sequence[Level], nodes: int, mtbf: float | None) -> None:
         self.failed: BaseException | None = None
         self.committed: int | None = None
         self._run = run
@@ -96,6 +99,7 @@ class Lead:
                     # what is wrong with a store is better known now than when the first checkpoint is due there
                     ObjectStore(level.place).check()
             write_levels(run, levels)
+            self._lives = Lives(run, self.claim, nodes)
         except OSError as error:
             self.claim.release()
             if isinstance(error, CheckpointError):
@@ -112,10 +116,13 @@ class Lead:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end_following(0.0)
+        # an interrupt is what somebody wanted
+        self._lives.end(failed=kind is not None and issubclass(kind, Exception))
         self.claim.release()
 
     def follow(self, saver: AsyncSaver) -> None:
         """Begin to follow saves."""
+        self._lives.begin()
         self._saver = saver
         self._begin = time.monotonic()
         self._following = threading.Thread(target=self._follow, name="ckpt-follow", daemon=True)
@@ -145,7 +152,8 @@ class Lead:
             if not self._costs:
                 return None
             cost, write = statistics.median(self._costs), statistics.median(self._writes)
-        return max(best_interval(cost, self._mtbf), write)
+        mtbf = self._lives.mtbf() if self._mtbf is None else self._mtbf
+        return max(best_interval(cost, mtbf), write)
 
     # what became of saves
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ckpt
+from ckpt_formats.errors import RankError
 from ckpt_formats.verify import verify
 from tests.loop.test_levels import saved
 from tests.loop.test_loop import Training, after, same
@@ -24,6 +25,16 @@ STEPS = 400
 def live(rank: int, world_size: int, folder: str, seconds: float) -> bool:
     """Train until done, or until everybody is killed some time after the first step of this life."""
     training = Training(sharded=world_size)
+    try:
+        return trained(training, folder, seconds)
+    except RuntimeError as error:
+        if seconds and (isinstance(error, RankError) or "by peer" in str(error) or "Broken pipe" in str(error)):
+            # the others were killed a moment before this one
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise
+
+
+def trained(training: Training, folder: str, seconds: float) -> bool:
     tiers = [ckpt.Disk(every=3, keep=2), ckpt.Disk(f"{folder}/far", every=12, keep=3)]
     with ckpt.Checkpointer(f"{folder}/run", training.state, tiers=tiers) as loop:
         for step in loop.steps(STEPS):

@@ -80,9 +80,9 @@ def _wait_in_a_place_with_a_name() -> None:
 
 def test_a_hang_is_dumped_and_killed(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
-        run_ranks(_rank_one_never_returns, 2, str(tmp_path), timeout=3)
+        run_ranks(_rank_one_never_returns, 2, str(tmp_path), timeout=8)
     text = str(failure.value)
-    assert "not done after 3 s: rank 1\n" in text
+    assert "not done after 8 s: rank 1\n" in text
     assert "_wait_in_a_place_with_a_name" in text
     _assert_all_gone(tmp_path, 2)
 
@@ -99,19 +99,25 @@ def test_a_frozen_rank_is_named_and_killed(tmp_path: Path) -> None:
     _assert_all_gone(tmp_path, 2)
 
 
-def _rank_one_is_killed(rank: int, world_size: int) -> str:
+def _rank_one_is_killed(rank: int, world_size: int, folder: str) -> str:
+    Path(folder, f"connected-{rank}").touch()
     if rank == 1:
+        # earlier, the others could not make their group
+        deadline = time.monotonic() + 30
+        while len(list(Path(folder).glob("connected-*"))) < world_size and time.monotonic() < deadline:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
 
 
-def test_a_killed_rank_is_a_failure() -> None:
+def test_a_killed_rank_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="rank 1 failed: its process was killed by SIGKILL without an answer"):
-        run_ranks(_rank_one_is_killed, 2)
+        run_ranks(_rank_one_is_killed, 2, str(tmp_path))
 
 
-def test_where_death_is_allowed_a_killed_rank_is_told_apart_and_the_others_go_on() -> None:
-    assert run_ranks(_rank_one_is_killed, 3, allow_death=True) == ["alive", Killed(signal.SIGKILL), "alive"]
+def test_where_death_is_allowed_a_killed_rank_is_told_apart_and_the_others_go_on(tmp_path: Path) -> None:
+    results = run_ranks(_rank_one_is_killed, 3, str(tmp_path), allow_death=True)
+    assert results == ["alive", Killed(signal.SIGKILL), "alive"]
 
 
 def _leave_quietly(rank: int, world_size: int) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from operator import add
 from typing import NamedTuple, cast
 
 from ckpt_formats.geometry import Box, Interval, Shape, chunk_interval, flat_boxes
@@ -68,9 +69,11 @@ def lower(rule: Rule, shapes: Sequence[Shape], window: Interval | None, ranks: S
     widths = [shape[rule.join] for shape in shapes] if rule.join is not None else None
     pads = rule.pads
     for pad, (factor, _) in zip(pads, ranks, strict=False):
-        dims[_dim(pad.dim, dims)].append(_padding(pad, _length(dims[pad.dim]), factor))
+        padded = dims[_dim(pad.dim, dims)]
+        padded.append(_padding(pad, _length(padded), factor))
     for cut, (parts, index) in zip(rule.cuts, ranks[len(pads) :], strict=True):
-        dims[_dim(cut.dim, dims)] = _cut(dims[cut.dim], cut, parts, index, widths)
+        dim = _dim(cut.dim, dims)
+        dims[dim] = _cut(dims[dim], cut, parts, index, widths)
     join = rule.join
     rows = []
     for segments in dims:
@@ -270,8 +273,14 @@ def within(core: Core, start: int, stop: int) -> list[Placed]:
     """What of the boxes lies in the flat stretch [start, stop) of the rank's tensor; each still a box."""
     if start == 0 and stop == math.prod(core.shape):
         return list(core.placed)
-    found = []
     runs = flat_boxes(core.shape, start, stop)
+    if len(core.placed) == 1 and core.placed[0].sizes == core.shape:
+        (whole,) = core.placed
+        return [
+            Placed(whole.source, tuple(map(add, whole.offsets, run.offsets)), run.sizes, run.offsets, whole.copy)
+            for run in runs
+        ]
+    found = []
     for placed in core.placed:
         home = Box(placed.at, placed.sizes)
         for run in runs:

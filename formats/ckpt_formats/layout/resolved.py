@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from operator import mul
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +84,14 @@ class Holder(NamedTuple):
     piece: Piece
 
 
+class _CutThere(NamedTuple):
+    """What the cuts of a rule leave to ranks at a place, and the names of the tensors that it is of."""
+
+    core: Core
+    names: Sequence[str]
+    copy: bool
+
+
 class Resolved:
     """What a layout says about tensors on a mesh.
 
@@ -132,24 +141,19 @@ class Resolved:
         held: dict[str, LocalTensor] = {}
         for logical in self._logicals:
             if logical.by.flat is None and self._stands(logical, coordinate):
-                core, names = self._whole(logical, coordinate)
-                pieces = self._pieces(logical, core.placed, names, core.shape, 0, self._is_copy(logical, coordinate))
-                self._hold(held, LocalTensor(logical.local, core.shape, list(pieces)), logical)
+                cut = self._cut(logical, coordinate)
+                pieces = list(self._pieces(logical, cut, cut.core.placed, 0))
+                held[logical.local] = LocalTensor(logical.local, cut.core.shape, pieces)
         for flat in self._flats:
             part, key = self._key(flat, coordinate)
             for buffer in self._plan(flat, key)[0].values():
                 start, stop = buffer.share(part)
                 found: list[Piece] = []
                 for entry in buffer.entries_in(start, stop):
-                    found += self._stretch(entry, key, start, stop, flat)
-                first = buffer.entries[0].logical
-                self._hold(held, LocalTensor(buffer.name, (stop - start,), found), first)
+                    cut = self._cut(entry.logical, key, shared=self._shared_axes[flat])
+                    found += self._stretch(entry, cut, start, stop)
+                held[buffer.name] = LocalTensor(buffer.name, (stop - start,), found)
         return held
-
-    def _hold(self, held: dict[str, LocalTensor], tensor: LocalTensor, logical: Logical) -> None:
-        if tensor.name in held:
-            raise self._error(logical, f"a rank has two tensors of the name {tensor.name!r}")
-        held[tensor.name] = tensor
 
     # --- where a tensor is
 
@@ -179,29 +183,32 @@ class Resolved:
 
     def _found(self, logical: Logical, name: str) -> Iterator[Holder]:
         flat = logical.by.flat
-        axes = self._relevant(logical)
         if flat is None:
-            for where in self._wheres(axes):
-                coordinate = tuple(index or 0 for index in where)
-                core, names = self._whole(logical, coordinate, name)
-                copy = self._is_copy(logical, coordinate)
-                for piece in self._pieces(logical, core.placed, names, core.shape, 0, copy):
-                    if piece.tensor == name:
-                        yield Holder(where, logical.local, core.shape, piece)
+            yield from self._before_flat(logical, name)
             return
-        shared = self._shared_axes[flat]
+        axes = self._relevant(logical)
+        shared = {axis: tuple(range(self.mesh.shape[axis])) for axis in self._shared_axes[flat]}
         flat_axes = self._flat_axes[flat]
-        for where in self._wheres({**{axis: tuple(range(self.mesh.shape[axis])) for axis in shared}, **axes}):
+        for where in self._wheres({**shared, **axes}):
             key = tuple(index or 0 for index in where)
             buffer, entry = self._plan(flat, key)[1][id(logical)]
+            cut = self._cut(logical, key, name, self._shared_axes[flat])
             for part in buffer.parts_of(entry):
                 start, stop = buffer.share(part)
                 there, left = list(where), part
                 for axis in reversed(flat_axes):
                     left, there[axis] = divmod(left, self.mesh.shape[axis])
-                for piece in self._stretch(entry, key, start, stop, flat):
+                for piece in self._stretch(entry, cut, start, stop):
                     if piece.tensor == name:
                         yield Holder(tuple(there), buffer.name, (stop - start,), piece)
+
+    def _before_flat(self, logical: Logical, name: str) -> Iterator[Holder]:
+        """Where a tensor is, if nothing were flattened."""
+        for where in self._wheres(self._relevant(logical)):
+            cut = self._cut(logical, tuple(index or 0 for index in where), name)
+            for piece in self._pieces(logical, cut, cut.core.placed, 0):
+                if piece.tensor == name:
+                    yield Holder(where, logical.local, cut.core.shape, piece)
 
     # --- words
 
@@ -256,7 +263,8 @@ class Resolved:
 
         LayoutError shows the rule and the tensor, and where the hole or overlap is.
         """
-        self._check_names()
+        whole = self._check_names()
+        # a check for each shape under each rule: where tensors are stacked or placed makes no difference to their boxes
         known: set[tuple[object, ...]] = set()
         for name, shape in self.tensors.items():
             if name in self.aliases:
@@ -265,27 +273,31 @@ class Resolved:
             if not homes:  # unstacked, and there is nothing of it
                 continue
             logical = homes[0]
-            plain = len(homes) == 1 and logical.by.flat is None and not logical.lead and logical.window is None
-            key = (
-                (id(logical.rule), logical.shapes, logical.sources[next(iter(logical.sources))].index(name))
-                if (plain and not logical.stacks)
-                else None
-            )
+            position = next(names.index(name) for names in logical.sources.values() if name in names)
+            key = (id(logical.rule), logical.shapes, position, shape)
             if key in known:
                 continue
-            boxes = [
-                holder.piece.box for logical in homes for holder in self._found(logical, name) if not holder.piece.copy
-            ]
+            known.add(key)
+            holders = itertools.chain.from_iterable(self._before_flat(logical, name) for logical in homes)
+            boxes = [holder.piece.box for holder in holders if not holder.piece.copy]
             offsets = np.array([box.offsets for box in boxes], np.int64).reshape(len(boxes), len(shape))
             sizes = np.array([box.sizes for box in boxes], np.int64).reshape(len(boxes), len(shape))
             try:
                 check_cover(shape, offsets, sizes)
             except CoverageError as error:
-                raise self._error(homes[0], str(error), name) from None
-            if key is not None:
-                known.add(key)
+                raise self._error(logical, str(error), name) from None
+        # each element of what is flattened is in one place of its buffer, and in one stretch of that, so there is no
+        # more to check than that buffers can be made
+        owners: dict[str, str] = {}
+        for flat, shared in self._shared_axes.items():
+            for where in self._wheres({axis: tuple(range(self.mesh.shape[axis])) for axis in shared}):
+                for buffer in self._plan(flat, tuple(index or 0 for index in where))[0].values():
+                    logical = buffer.entries[0].logical
+                    if buffer.name in whole or owners.setdefault(buffer.name, flat) != flat:
+                        raise self._error(logical, f"a rank has two tensors of the name {buffer.name!r}")
 
-    def _check_names(self) -> None:
+    def _check_names(self) -> set[str]:
+        """The names of ranks' tensors that are not flattened."""
         named: dict[str, list[Logical]] = {}
         for logical in self._logicals:
             for other in named.setdefault(logical.local, []):
@@ -299,6 +311,7 @@ class Resolved:
                         tensor=logical.name,
                     )
             named[logical.local].append(logical)
+        return {name for name, logicals in named.items() if any(logical.by.flat is None for logical in logicals)}
 
     def _error(self, logical: Logical, why: str, name: str | None = None) -> LayoutError:
         name = name if name is not None else logical.name
@@ -375,13 +388,14 @@ class Resolved:
     def _stacked(self, logical: Logical, coordinate: Sequence[int]) -> list[Sequence[int]]:
         return [stack.lists[0 if stack.axis is None else coordinate[stack.axis]] for stack in logical.stacks]
 
-    def _whole(
-        self, logical: Logical, coordinate: Sequence[int], only: str | None = None
-    ) -> tuple[Core, Sequence[str]]:
-        """What a rank there holds, before it is flattened, and the names that its boxes' sources stand for."""
+    def _cut(
+        self, logical: Logical, coordinate: Sequence[int], only: str | None = None, shared: Sequence[int] = ()
+    ) -> _CutThere:
+        """What ranks there hold before it is flattened; of what is stacked, just what has a tensor, if one is named."""
         core = self._core(logical, coordinate)
+        copy = self._is_copy(logical, coordinate, shared)
         if not logical.stacks:
-            return core, logical.sources[()]
+            return _CutThere(core, logical.sources[()], copy)
         lists = self._stacked(logical, coordinate)
         zeros, ones = (0,) * len(lists), (1,) * len(lists)
         names: list[str] = []
@@ -391,29 +405,21 @@ class Resolved:
             if only is not None and only not in joined:
                 continue
             placed += [
-                Placed(len(names) + source, zeros + offsets, ones + sizes, place + at, copy)
-                for source, offsets, sizes, at, copy in core.placed
+                Placed(len(names) + source, zeros + offsets, ones + sizes, place + at, one_more)
+                for source, offsets, sizes, at, one_more in core.placed
             ]
             names += joined
-        return Core((*map(len, lists), *core.shape), placed), names
+        return _CutThere(Core((*map(len, lists), *core.shape), placed), names, copy)
 
-    def _pieces(
-        self,
-        logical: Logical,
-        placed: Sequence[Placed],
-        names: Sequence[str],
-        shape: Shape,
-        base: int,
-        copy: bool,
-    ) -> Iterator[Piece]:
-        strides = strides_of(shape)
+    def _pieces(self, logical: Logical, cut: _CutThere, placed: Sequence[Placed], base: int) -> Iterator[Piece]:
+        strides = strides_of(cut.core.shape)
         lead = logical.lead
         stacked = len(logical.stacks)
         ones, zeros = (1,) * len(lead), (0,) * len(lead)
         for source, offsets, sizes, at, one_more in placed:
-            start = base + sum(index * stride for index, stride in zip(at, strides, strict=True))
+            start = base + sum(map(mul, at, strides))
             box = Box(lead + offsets[stacked:], ones + sizes[stacked:])
-            yield Piece(names[source], box, start, zeros + strides[stacked:], copy or one_more)
+            yield Piece(cut.names[source], box, start, zeros + strides[stacked:], cut.copy or one_more)
 
     # --- flat buffers
 
@@ -440,12 +446,10 @@ class Resolved:
             plan = self._buffers[flat, key] = buffers, entries
         return plan
 
-    def _stretch(self, entry: Entry, key: tuple[int, ...], start: int, stop: int, flat: str) -> Iterator[Piece]:
+    def _stretch(self, entry: Entry, cut: _CutThere, start: int, stop: int) -> Iterator[Piece]:
         """The pieces of a tensor in a buffer that lie in the stretch [start, stop) of it."""
         low, high = max(start, entry.start), min(stop, entry.start + entry.numel)
         if low >= high:
             return iter(())
-        core, names = self._whole(entry.logical, key)
-        placed = within(core, low - entry.start, high - entry.start)
-        copy = self._is_copy(entry.logical, key, self._shared_axes[flat])
-        return self._pieces(entry.logical, placed, names, core.shape, entry.start - start, copy)
+        placed = within(cut.core, low - entry.start, high - entry.start)
+        return self._pieces(entry.logical, cut, placed, entry.start - start)

@@ -33,6 +33,7 @@ _numbers = several(number(0), "a list of integers", 1)
 _widths = several(number(1), "a list of widths", 1)
 _lists = several(several(number(0), "a list of integers"), "a list of lists of integers", 1)
 _texts = one_or_several(text, str, "a text or a list of texts")
+_any_texts = one_or_several(text, str, "a text or a list of texts", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,15 +261,15 @@ def _on(value: Any) -> dict[str, tuple[int, ...]]:
 
 _HOW: Mapping[str, Check] = {
     "match": _texts,
-    "unless": _texts,
+    "unless": _any_texts,
     "local": _texts,
     "on": _on,
     "join": number(0),
     "split": made(Split),
-    "stack": _texts,
-    "unstack": _texts,
-    "pad": one_or_several(made(Pad), Pad, "a table of dim and to or multiple, or a list of them"),
-    "cut": one_or_several(made(Cut), Cut, "a table of axis and dim, or a list of them"),
+    "stack": _any_texts,
+    "unstack": _any_texts,
+    "pad": one_or_several(made(Pad), Pad, "a table of dim and to or multiple, or a list of them", 0),
+    "cut": one_or_several(made(Cut), Cut, "a table of axis and dim, or a list of them", 0),
     "flat": text,
     "tied": text,
     "like": text,

@@ -53,8 +53,8 @@ def several(check: Check, what: str, least: int = 0) -> Check:
     return checked
 
 
-def one_or_several(check: Check, kind: type, what: str) -> Check:
-    many = several(check, what, 1)
+def one_or_several(check: Check, kind: type, what: str, least: int = 1) -> Check:
+    many = several(check, what, least)
 
     def checked(value: Any) -> tuple[Any, ...]:
         if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):

@@ -27,6 +27,63 @@ def test_a_checkpoint_cut_for_another_mesh(checkpoint: Path, tmp_path: Path) -> 
     assert len(tree["chunks"]) == 8
 
 
+def test_a_checkpoint_cut_by_rules(checkpoint: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "layout.toml"
+    layout.write_text(
+        """
+        [flat.zero]
+        axis = "dp"
+        name = "{slot}"
+        order = "reverse"
+
+        [[rule]]
+        match = "model.layers.{layer}.weight"
+        cut = {axis = "tp", dim = 0, parts = [4, 8], groups = 4}
+
+        [[rule]]
+        match = "model.embed.weight"
+        on = {pp = [0]}
+
+        [[rule]]
+        match = "model.head.weight"
+        tied = "model.embed.weight"
+        on = {pp = [-1]}
+        cut = {axis = "tp", dim = 1}
+
+        [[rule]]
+        match = "optimizer.state.layers.{rest*}.{slot}"
+        unless = "*.step"
+        like = "model.layers.{rest}"
+        local = "{like}.{slot}"
+        flat = "zero"
+
+        [[rule]]
+        match = "big"
+        pad = {dim = 0, to = 704}
+        cut = {axis = ["pp", "dp"], dim = 0, unit = 4}
+
+        [otherwise]
+        """
+    )
+    mesh = "pp=2,dp=2,tp=2"
+    done = ckpt("reshard", checkpoint, tmp_path / "new", "--mesh", mesh, "--layout", layout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert verify(tmp_path / "new").intact
+    assert diff(checkpoint, tmp_path / "new").equal
+    options = ("--mesh", mesh, "--layout", layout, "--json")
+    said = json.loads(here("show", checkpoint, *options).stdout)["tensors"]
+    for name, tensor in said.items():
+        chunks = json.loads(here("show", tmp_path / "new", name, "--json").stdout)
+        assert chunks["tensors"][name]["cut"] == tensor["cut"]
+        assert {chunk["box"] for chunk in chunks["chunks"]} == {
+            piece["box"] for piece in tensor["pieces"] if not piece["copy"]
+        }
+    # what the short form can't say is not taken up silently
+    again = here("reshard", tmp_path / "new", tmp_path / "again", "--mesh", "tp=2")
+    assert again.exit_code == 2
+    assert "which is more than a dimension; say how to cut over 'tp' by --layout" in again.stderr
+
+
 def test_json(checkpoint: Path, tmp_path: Path) -> None:
     done = ckpt("reshard", checkpoint, tmp_path / "new", "--mesh", "dp=2", "--json")
     assert (done.returncode, done.stderr) == (0, "")

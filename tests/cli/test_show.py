@@ -188,3 +188,82 @@ def test_what_is_compressed_tells_codec_and_ratio(tmp_path: Path) -> None:
 def test_nothing_is_said_of_codecs_where_nothing_is_compressed(checkpoint: Path) -> None:
     assert "stored in" not in here("show", checkpoint).stdout
     assert json.loads(here("show", checkpoint, "--json").stdout)["codecs"] == {}
+
+
+RULES = """
+[flat.zero]
+axis = "dp"
+name = "flat"
+align = 8
+
+[[rule]]
+match = "model.layers.{layer}.weight"
+cut = {axis = "tp", dim = 1}
+
+[[rule]]
+match = "model.embed.weight"
+pad = {dim = 0, to = 128}
+cut = {axis = "tp", dim = 0}
+flat = "zero"
+
+[otherwise]
+"""
+
+
+def test_what_a_layout_comes_to(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.toml").write_text(RULES)
+    options = ("--mesh", "dp=2,tp=2", "--layout", tmp_path / "cut.toml")
+    done = ckpt("show", checkpoint, "model.embed.weight", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[0] == f"{checkpoint} for 4 ranks (dp=2,tp=2)"
+    assert "model.embed.weight [100, 12]" in lines
+    assert any(
+        line.startswith('rule {match = "model.embed.weight", pad = {dim = 0, to = 128}, cut = ') for line in lines
+    )
+    assert "dp=0,tp=0 [0:32,0:12] flat [384] from 0, strides [12, 1]" in lines
+    assert "dp=1,tp=1 [96:100,0:12] flat [384] from 0, strides [12, 1]" in lines
+
+    tree = json.loads(here("show", checkpoint, "model.*", *options, "--json").stdout)
+    assert set(tree) == {"path", "mesh", "tensors", "aliases"}
+    assert tree["mesh"] == {"names": ["dp", "tp"], "shape": [2, 2]}
+    weight = tree["tensors"]["model.layers.0.weight"]
+    assert (weight["shape"], weight["cut"]) == ([12, 12], "R@dp S(1)@tp")
+    assert weight["rule"] == 'rule {match = "model.layers.{layer}.weight", cut = {axis = "tp", dim = 1}}'
+    assert weight["pieces"][1] == {
+        "where": {"tp": 1},
+        "box": "[0:12,6:12]",
+        "local": "model.layers.0.weight",
+        "local_shape": [12, 6],
+        "start": 0,
+        "strides": [6, 1],
+        "copy": False,
+    }
+    assert tree["tensors"]["model.embed.weight"]["cut"] == "flat@dp cut(0)@tp"
+    assert tree["tensors"]["model.layers.0.bias"]["rule"] == "[otherwise] {}"
+
+
+def test_what_goes_without_a_layout_file(checkpoint: Path) -> None:
+    tree = json.loads(here("show", checkpoint, "model.embed.weight", "--mesh", "dp=3", "--json").stdout)
+    (tensor,) = tree["tensors"].values()
+    assert tensor["rule"] == tensor["cut"] == "S(0)@dp"
+    assert [piece["box"] for piece in tensor["pieces"]] == ["[0:34,0:12]", "[34:68,0:12]", "[68:100,0:12]"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--layout", "cut.toml"), "say which by --mesh"),
+        (("--mesh", "tp=2"), "mesh axis 'tp'"),
+        (("--mesh", "dp=2", "--layout", "cut.toml"), "speaks of the axis 'tp', which the mesh dp=2 has not"),
+        (("--mesh", "dp=2,tp=2", "--layout", "both.toml"), "is matched by two rules"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_exit_2(
+    checkpoint: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "cut.toml").write_text(RULES)
+    (tmp_path / "both.toml").write_text(RULES + '[[rule]]\nmatch = "model.embed.*"\n')
+    result = here("show", checkpoint, *(tmp_path / each if each.endswith(".toml") else each for each in options))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr

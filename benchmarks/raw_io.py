@@ -61,8 +61,8 @@ class RawMemory:
             os.close(file)
         sync_path(path.parent)
 
-    def read(self, path: Path, *, threads: int) -> None:
-        file = os.open(path, os.O_RDONLY)
+    def read(self, path: Path, *, threads: int, direct: bool = False) -> None:
+        file = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
         try:
             self._in_parts(threads, lambda start, stop: os.preadv(file, [self._view[start:stop]], start))
         finally:

@@ -18,6 +18,7 @@ from ckpt.state.torch_dtypes import from_carrier, torch_dtype
 from ckpt_formats.arrays import AnyArray
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.dtypes import DType
+from ckpt_formats.reading import BUFFERS
 
 _saver = Saver()
 _async_saver = AsyncSaver(_saver)
@@ -112,6 +113,7 @@ def load(
     *,
     strict: bool = True,
     cast: bool = False,
+    buffers: int = BUFFERS,
     process_group: ProcessGroup | None = None,
 ) -> LoadResult:
     """Load a checkpoint into a state, in place, whatever parallelism wrote it and whatever parallelism the state has.
@@ -125,6 +127,8 @@ def load(
         path: the checkpoint's folder.
         strict: with False, names that only one side has are skipped and reported in the result.
         cast: convert tensors whose dtype differs, instead of refusing.
+        buffers: bytes of memory beside the state that each rank may take to read through; at least what one block of
+            the checkpoint needs (1 MiB, unless another release wrote it) is taken.
         process_group: as for `save`.
 
     Raises:
@@ -135,7 +139,7 @@ def load(
     """
     # tensors are written in place, behind the back of version counters
     _async_saver.settle()
-    return _load(state, path, strict=strict, cast=cast, process_group=process_group)
+    return _load(state, path, strict=strict, cast=cast, buffers=buffers, process_group=process_group)
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:

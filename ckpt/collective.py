@@ -8,8 +8,10 @@ limit. Payloads are bytes of our own making; nothing is pickled.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,10 @@ ProcessGroup = dist.ProcessGroup
 
 _OK = b"\0"
 _FAILED = b"\1"
+_POLL_S = (2e-5, 0.01)
+"""Seconds between looks whether a reduction is done, at first and later."""
+_LOOK_S = 0.5
+"""Seconds between looks whether a rank that it needs has died."""
 _SHORT = 4096
 """Bytes of the first part of a broadcast."""
 
@@ -55,12 +61,16 @@ class Collective:
         try:
             with self.waiting():
                 yield
+        except RankError:
+            raise
         except RuntimeError as error:
             # what torch says, a place in its own sources, stays behind as the cause
-            raise RankError(
+            why = RankError(
                 "another rank died, or did not answer within the process group's time limit, while ranks took part in "
                 "the same save or load; start the ranks anew, and go on from the last committed checkpoint"
-            ) from error
+            )
+            self.give_up(why)
+            raise why from error
 
     def gather(self, payload: bytes) -> list[bytes] | None:
         """Every rank's payload in rank order, on rank 0; None elsewhere."""
@@ -146,17 +156,52 @@ class Collective:
 
         Raises, on every rank, if any rank failed, as `exchange` does. Costs one small reduction when none did.
         """
+        return self.tally(failure, question)[0] > 0
+
+    def tally(self, failure: BaseException | None, *counts: int) -> list[int]:
+        """End a phase with the sums of every rank's counts, at the same cost; raises as `agree` does."""
         if self.world_size == 1:
             if failure is not None:
                 raise failure
-            return question
-        flags = torch.tensor([failure is not None, question], dtype=torch.int32, device=self._device)
+            return list(counts)
+        sums = torch.tensor([failure is not None, *counts], dtype=torch.int64, device=self._device)
         with self._together():
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
-        failed, any_question = flags.tolist()
+            self._sum(sums)
+        failed, *totals = sums.tolist()
         if failed:
             self.exchange(b"", failure, lambda _: b"")
-        return bool(any_question)
+        return totals
+
+    def give_up(self, why: RankError) -> None:
+        """Have every rank that waits in `tally` or `agree` fail too: a rank that is needed there has died.
+
+        A reduction fails soon only on ranks that are connected with the dead one; the others would wait for those.
+        """
+        store = _store()
+        if store is not None:
+            with suppress(RuntimeError):
+                store.set(self._dead, json.dumps([why.rank, why.message]))
+
+    def _sum(self, values: torch.Tensor) -> None:
+        """Sum values over the ranks, in place, waiting no longer than all ranks live."""
+        work = dist.all_reduce(values, dist.ReduceOp.SUM, group=self._group, async_op=True)
+        pause, look = _POLL_S[0], time.monotonic() + _LOOK_S
+        store = _store()
+        while work is not None and not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_S[1])
+            if store is not None and time.monotonic() > look:
+                look = time.monotonic() + _LOOK_S
+                if store.check([self._dead]):
+                    rank, why = json.loads(store.get(self._dead))
+                    raise RankError(why, rank=rank)
+        if work is not None:
+            work.wait()
+
+    @property
+    def _dead(self) -> str:
+        """Where the store says that a rank of this group died."""
+        return f"ckpt/dead/{dist.get_process_group_ranks(self._group)}"
 
     def _collect(
         self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], list[bytes]]
@@ -204,3 +249,11 @@ class Collective:
     @staticmethod
     def _bytes(tensor: torch.Tensor, length: int) -> bytes:
         return tensor[:length].cpu().numpy().tobytes()
+
+
+def _store() -> Any:
+    """The store by which the ranks found each other, where torch still has it."""
+    try:
+        return dist.distributed_c10d._get_default_store()
+    except (AttributeError, RuntimeError, ValueError):
+        return None

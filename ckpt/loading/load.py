@@ -1,7 +1,8 @@
 """Loading a checkpoint into live state, in place, whatever cut either has.
 
 Every rank reads the root, intersects what it holds with what is stored, and reads only those ranges, straight into the
-live memory where it can. All ranks of a process group take part only to learn of each other's failures.
+live memory where it can. Where ranks of a node need the same blocks, one of them reads these for all (sharing.py); else
+they take part in each other's load only to learn of failures.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation
+from ckpt.loading.sharing import ElsewhereError, share
 from ckpt.state import LocalTensor, SavedState, SavedTensor, Target, build_target
 from ckpt.state.references import LEAVES
 from ckpt.state.torch_dtypes import as_carrier, dtype_of, from_carrier, torch_dtype
@@ -27,15 +29,21 @@ from ckpt_formats.errors import (
     DtypeMismatchError,
     FormatError,
     MissingTensorError,
+    RankError,
     ShapeMismatchError,
     StateMismatchError,
 )
 from ckpt_formats.geometry import Box, flat_boxes
-from ckpt_formats.reading import ReadStats, Request
+from ckpt_formats.reading import BUFFERS, ReadPlan, ReadStats, Request
 from ckpt_formats.remote import is_url, tidy
 
 BOUNCE = 64 << 20
 """Bytes of host memory through which tensors pass that can't be read in place: on another device, or to be cast."""
+SHARED = 1.1
+"""Ranks share what they read when they would read so many times what is stored, all together."""
+LITTLE = 16 << 20
+"""Bytes that are read twice rather than shared."""
+PARTLY = "Tensors of the state may have been overwritten in part"
 LISTED = 10
 """How many names an error lists before it says how many more there are."""
 
@@ -51,7 +59,8 @@ class LoadResult:
     bytes_needed: int
     """Bytes of the elements that this rank holds."""
     bytes_read: int
-    """Bytes that were read to get and verify them."""
+    """Bytes that this rank read from the checkpoint, to get and verify them; what ranks of a node have in common one of
+    them reads, so this may be less than was needed."""
     seconds: float
     """From the call to the end, on this rank."""
     phases: Mapping[str, float]
@@ -71,13 +80,14 @@ def load(
     *,
     strict: bool = True,
     cast: bool = False,
+    buffers: int = BUFFERS,
     process_group: ProcessGroup | None = None,
 ) -> LoadResult:
     """See ckpt.load."""
     folder, group = tidy(path), Collective(process_group)
     operation = Operation("load", folder, rank=group.rank, world_size=group.world_size)
     group.waiting = operation.waiting
-    load = _Load(state, folder, strict=strict, cast=cast, group=group)
+    load = _Load(state, folder, strict=strict, cast=cast, group=group, buffers=buffers)
     with collector.paused(), operation, closing(load):
         return _run(load, folder, group, operation)
 
@@ -97,10 +107,19 @@ def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> L
         with operation.phase("read") as phase:
             load.read()
             phase.bytes = operation.bytes = load.stats.bytes_read
+    except ElsewhereError:
+        failure = None  # that rank says what it was
+    except RankError as error:
+        # a rank died, so there is nobody to agree with
+        group.give_up(error)
+        raise _half_loaded(error) from None
     except Exception as error:  # noqa: BLE001 - as above
         failure = _half_loaded(error)
     with operation.phase("agree"):
-        group.agree(failure)
+        try:
+            group.agree(failure)
+        except RankError as error:
+            raise _half_loaded(error) from error.__cause__
     with operation.phase("apply"):
         load.apply()
     target, stats = load.target, load.stats
@@ -126,10 +145,8 @@ def _named(error: Exception, folder: str) -> Exception:
 
 
 def _half_loaded(error: Exception) -> Exception:
-    if isinstance(error, CheckpointError):
-        error.message += (
-            ". Tensors of the state may have been overwritten in part: load another checkpoint before training on"
-        )
+    if isinstance(error, CheckpointError) and PARTLY not in error.message:
+        error.message += f". {PARTLY}: load another checkpoint before training on"
     return error
 
 
@@ -137,17 +154,28 @@ class _Load:
     """One load on one rank."""
 
     def __init__(
-        self, state: MutableMapping[str, object], path: str, *, strict: bool, cast: bool, group: Collective
+        self,
+        state: MutableMapping[str, object],
+        path: str,
+        *,
+        strict: bool,
+        cast: bool,
+        group: Collective,
+        buffers: int,
     ) -> None:
         self._state = state
         self._path = path
         self._strict = strict
         self._cast = cast
         self._group = group
+        self._buffers = buffers
         self.checkpoint: Checkpoint
         self._stack = ExitStack()
         self.target: Target
         self.stats = ReadStats()
+        self._plan = ReadPlan()
+        self._bounced: list[tuple[LocalTensor, Box, torch.Tensor]] = []
+        self._shares = False
         self.unexpected: list[str] = []
 
     def plan(self) -> None:
@@ -182,13 +210,20 @@ class _Load:
         if self._group.world_size == 1 or self.target.missing:
             self._check_names()
         self._check_tensors(saved)
+        self._plan = self.checkpoint.reader.plan(self._in_place(self._bounced))
 
     def agree(self, failure: BaseException | None) -> None:
         """Raise on every rank if any can't load, or if there are names that no rank expects.
 
         With pipeline stages, each rank has only some of the checkpoint's names.
         """
-        if not self._group.agree(failure, question=bool(self.unexpected)) or self._group.world_size == 1:
+        covered = 0 if failure is not None else self._plan.bytes_covered
+        question, everybody = self._group.tally(failure, bool(self.unexpected), covered)
+        if self._group.world_size == 1:
+            return
+        # more than there is: several ranks need the same blocks. All know that, so who shares nothing asks nobody
+        self._shares = everybody > SHARED * self._stored() + LITTLE
+        if not question:
             return
 
         def common(payloads: list[bytes]) -> bytes:
@@ -199,6 +234,12 @@ class _Load:
         mine = json.dumps(self.unexpected).encode()
         self.unexpected = json.loads(self._group.exchange(mine, None, common))
         self._check_names()
+
+    def _stored(self) -> int:
+        """Bytes of all tensors below the entries of the state, whichever ranks need them."""
+        heads = {entry.partition(".")[0] for entry in self._state}
+        metas = self.checkpoint.manifest.model_tensors
+        return sum(meta.nbytes for name, meta in metas.items() if name.partition(".")[0] in heads)
 
     def _check_names(self) -> None:
         target = self.target
@@ -238,11 +279,19 @@ class _Load:
 
     def read(self) -> None:
         """Read everything that this rank holds into its live memory."""
-        manifest = self.checkpoint.manifest
-        bounced: list[tuple[LocalTensor, Box, torch.Tensor]] = []
-        # each is planned while its tensor is in the CPU's cache
-        self._add(self.checkpoint.read(self._in_place(bounced), threads=_threads()))
-        for local, box, view in bounced:
+        manifest, reader = self.checkpoint.manifest, self.checkpoint.reader
+        plan = self._plan
+        if self._shares:
+            far = self.checkpoint.locations.far
+            shared = share(self._group, reader, plan, far=far, block_size=manifest.block_size, buffers=self._buffers)
+            if shared is not None:
+                stats, plan = shared
+                self._add(stats)
+        # what others of this node read too is left to them in the page cache
+        past_cache = not self._shares
+        self._add(reader.execute(plan, threads=_threads(), buffers=self._buffers, past_cache=past_cache))
+        self.stats.bytes_needed = self._plan.bytes_needed
+        for local, box, view in self._bounced:
             dtype = manifest.meta(local.name).dtype
             for part in _bounded(box, dtype.itemsize):
                 array = np.empty(part.sizes, dtype=dtype.carrier)

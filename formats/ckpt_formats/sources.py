@@ -6,14 +6,19 @@ remote.py; `open_source` and `read_small` take paths and URLs alike.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import mmap
 import os
 import stat
 import threading
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from ckpt_formats.errors import CorruptionError
 from ckpt_formats.remote import RemoteFile, Store, is_url
+
+PAGE = mmap.PAGESIZE
 
 
 class ByteSource(Protocol):
@@ -41,6 +46,26 @@ class ByteSource(Protocol):
         ...
 
 
+@runtime_checkable
+class DeviceSource(ByteSource, Protocol):
+    """A source that may lie on a device of this machine, behind its page cache."""
+
+    def cached(self, positions: Sequence[int]) -> int:
+        """How many of these bytes lie in the page cache; all of them where nobody can say."""
+        ...
+
+    def read_past_cache(self, start: int, stop: int, into: memoryview) -> memoryview | None:
+        """Read from the device, past the page cache, where that can be done.
+
+        Args:
+            start, stop: the bytes that are wanted.
+            into: page-aligned memory, with room for two pages more than that.
+
+        Returns the bytes, which lie somewhere in `into`; None where it can't be done, or not all of them are had.
+        """
+        ...
+
+
 def open_plain(path: str) -> int:
     """Open a file for reading; links are followed. Returns its descriptor.
 
@@ -62,6 +87,8 @@ class LocalFile:
         self._path = path
         self._lock = threading.Lock()
         self._fd = -1
+        self._direct = -1
+        self._refuses_direct = not hasattr(os, "O_DIRECT")
 
     @property
     def name(self) -> str:
@@ -106,15 +133,59 @@ class LocalFile:
                 )
             at += count
 
+    def cached(self, positions: Sequence[int]) -> int:
+        fd = self._open()
+        page = bytearray(1)
+        found = 0
+        try:
+            # else each look would have the kernel read more than the page
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            for at in positions:
+                with contextlib.suppress(BlockingIOError):
+                    found += os.preadv(fd, [page], at, os.RWF_NOWAIT) > 0
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_NORMAL)
+        except (AttributeError, OSError):
+            return len(positions)
+        return found
+
+    def read_past_cache(self, start: int, stop: int, into: memoryview) -> memoryview | None:
+        fd = self._open_direct()
+        if fd < 0:
+            return None
+        low, high = start - start % PAGE, -(-stop // PAGE) * PAGE
+        at = low
+        try:
+            while at < stop:
+                count = os.preadv(fd, [into[at - low : high - low]], at)
+                # a file that ends here, or a device with larger blocks: the plain way finds out
+                if count == 0 or (at + count < stop and count % PAGE):
+                    return None
+                at += count
+        except OSError:
+            self._refuses_direct = True
+            return None
+        return into[start - low : stop - low]
+
+    def _open_direct(self) -> int:
+        with self._lock:
+            if self._direct < 0 and not self._refuses_direct:
+                try:
+                    self._direct = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_DIRECT)
+                except OSError:
+                    self._refuses_direct = True
+            return self._direct if not self._refuses_direct else -1
+
     def close(self) -> None:
         with self._lock:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            for fd in (self._fd, self._direct):
+                if fd >= 0:
+                    os.close(fd)
+            self._fd = self._direct = -1
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
+        for fd in (getattr(self, "_fd", -1), getattr(self, "_direct", -1)):
+            if fd >= 0:
+                os.close(fd)
 
 
 def open_source(path: str) -> ByteSource:

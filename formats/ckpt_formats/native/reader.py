@@ -20,7 +20,7 @@ from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.node_folders import NodeFolders, folders_of, missing_text, root_folder
 from ckpt_formats.native.root import MAX_SIZE, Root, decode
 from ckpt_formats.remote import Store, is_url, tidy
-from ckpt_formats.sources import ByteSource, open_source, read_small
+from ckpt_formats.sources import ByteSource, DeviceSource, open_source, read_small
 
 
 def is_native(path: str) -> bool:
@@ -179,6 +179,13 @@ class _SizedSource:
     def read(self, start: int, stop: int, into: memoryview) -> None:
         self.size()
         self._source.read(start, stop, into)
+
+    def cached(self, positions: Sequence[int]) -> int:
+        return self._source.cached(positions) if isinstance(self._source, DeviceSource) else len(positions)
+
+    def read_past_cache(self, start: int, stop: int, into: memoryview) -> memoryview | None:
+        self.size()
+        return self._source.read_past_cache(start, stop, into) if isinstance(self._source, DeviceSource) else None
 
     def close(self) -> None:
         self._source.close()

@@ -1,0 +1,258 @@
+"""The ranks of one node, found by the process group: who they are, lines between them, and memory that they share.
+
+Lines are Unix sockets in the abstract namespace, and memory has no name either (memfd), so nothing is left behind
+however a rank ends; and a rank that ends is noticed at once, since its lines close. Only processes of the same user
+are let in. Knows nothing of checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import select
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ckpt.collective import Collective
+from ckpt_formats.digest import DIGEST_SIZE, digest
+from ckpt_formats.errors import RankError
+from ckpt_formats.sources import PAGE
+
+NODE = "CKPT_NODE"
+"""The environment variable that names a node; by default its host name does."""
+MEET_S = 30.0
+"""Seconds in which ranks of a node connect."""
+STALL_S = 600.0
+"""Seconds without a word from a rank after which it is given up."""
+_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+_TOKEN = 16
+_SIZES = struct.Struct("<QQ")
+_MESSAGE = struct.Struct("<BIQ")
+
+
+@dataclass(slots=True)
+class Mate:
+    """Another rank of this node."""
+
+    rank: int
+    line: socket.socket
+    memory: int
+    """Descriptor of what it shares."""
+    said: int
+    """Bytes at the beginning of its memory that are what it said when ranks met."""
+    size: int
+    """Bytes of memory that it shares behind that."""
+    received: bytearray = field(default_factory=bytearray)
+    finished: bool = False
+    mapped: mmap.mmap | None = None
+
+    def shared(self) -> memoryview:
+        """What it shares, behind what it said."""
+        if self.mapped is None:
+            self.mapped = mmap.mmap(self.memory, self.size, flags=_FLAGS, offset=_pages(self.said))
+        return memoryview(self.mapped)
+
+
+class Node:
+    """The ranks of this node, in rank order, connected with each other.
+
+    Attributes:
+        index: this rank's position among them.
+        mates: the others, by their positions.
+        said: what each said when they met, by position.
+    """
+
+    def __init__(self, index: int, mates: dict[int, Mate], said: list[bytes], own: mmap.mmap) -> None:
+        self.index = index
+        self.mates = mates
+        self.said = said
+        self._own = own
+        self._poll = select.poll()
+        self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
+        self._by_line = {mate.line.fileno(): number for number, mate in mates.items()}
+        for mate in mates.values():
+            mate.line.setblocking(True)
+            mate.line.settimeout(STALL_S)
+            self._poll.register(mate.line, select.POLLIN)
+        self._poll.register(self._woken, select.POLLIN)
+
+    def own(self) -> memoryview:
+        """The memory that this rank shares."""
+        return memoryview(self._own)
+
+    def send(self, to: int, kind: int, number: int, more: int = 0) -> None:
+        """Tell another rank something short. One that is gone is noticed when it is listened to."""
+        with contextlib.suppress(OSError):
+            self.mates[to].line.sendall(_MESSAGE.pack(kind, number, more))
+
+    def tell_all(self, kind: int) -> None:
+        """Tell everybody something without more to it."""
+        for number in self.mates:
+            self.send(number, kind, 0)
+
+    def wake(self) -> None:
+        """End a `listen` of another thread."""
+        with contextlib.suppress(BlockingIOError):
+            self._wake.send(b"\0")
+
+    def listen(self, timeout: float) -> Iterator[tuple[int, int, int, int]]:
+        """What others have said: (who, kind, number, more); waits for something, or for `wake`, up to so many seconds.
+
+        Raises:
+            RankError: a rank's process ended, and it had not finished.
+        """
+        for fd, _ in self._poll.poll(timeout * 1000):
+            number = self._by_line.get(fd)
+            if number is None:
+                self._woken.recv(4096)
+                continue
+            mate = self.mates[number]
+            try:
+                data = mate.line.recv(65536)
+            except OSError:
+                data = b""
+            if not data:
+                self._poll.unregister(fd)
+                if not mate.finished:
+                    raise RankError(
+                        f"rank {mate.rank}, which reads a part for the other ranks of its node, died during the load; "
+                        "start the ranks anew",
+                        rank=mate.rank,
+                    )
+                continue
+            mate.received += data
+            whole = len(mate.received) // _MESSAGE.size * _MESSAGE.size
+            messages = list(_MESSAGE.iter_unpack(bytes(mate.received[:whole])))
+            del mate.received[:whole]
+            for kind, what, more in messages:
+                yield number, kind, what, more
+
+    def close(self) -> None:
+        for mate in self.mates.values():
+            mate.line.close()
+            os.close(mate.memory)
+        self._wake.close()
+        self._woken.close()
+
+
+def meet(group: Collective, say: bytes, size: int, most: int) -> Node | None:
+    """Connect the ranks of each node, if there are several. Collective.
+
+    Args:
+        group: all ranks.
+        say: what this rank tells the others of its node.
+        size: bytes of memory that it shares with them.
+        most: how many are connected with each other at most.
+
+    Returns None where a rank has no others on its node, and everywhere if ranks of any node can't connect.
+    """
+    node: Node | None = None
+    failed = False
+    token = secrets.token_bytes(_TOKEN)
+    with contextlib.ExitStack() as stack:
+        # other systems have neither such sockets nor such memory
+        can = sys.platform.startswith("linux")
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        if can:
+            listener.bind(_address(token))
+            listener.listen(most)
+        whole = [(text[:DIGEST_SIZE], text[DIGEST_SIZE:]) for text in group.share(_identity() + token)]
+        home = whole[group.rank][0]
+        ranks = [rank for rank, (other, _) in enumerate(whole) if other == home]
+        at = ranks.index(group.rank) // most * most
+        ranks = ranks[at : at + most]
+        if can and len(ranks) > 1:
+            try:
+                node = _connect(listener, ranks, ranks.index(group.rank), [token for _, token in whole], say, size)
+            except OSError:
+                # containers that share a machine but not its namespaces, no memory: everybody reads for itself
+                failed = True
+        if group.tally(None, failed)[0] and node is not None:
+            node.close()
+            node = None
+    return node
+
+
+def _identity() -> bytes:
+    """What ranks have in common that can share memory."""
+    parts = [os.environ.get(NODE, ""), socket.gethostname(), str(os.getuid())]
+    with contextlib.suppress(OSError):
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+            parts.append(stream.read())
+        # abstract sockets are seen within one
+        parts.append(os.readlink("/proc/self/ns/net"))
+    return digest("\n".join(parts).encode())
+
+
+def _address(token: bytes) -> str:
+    return f"\0ckpt-load-{token.hex()}"
+
+
+def _connect(listener: socket.socket, ranks: list[int], index: int, tokens: list[bytes], say: bytes, size: int) -> Node:
+    """Raises OSError."""
+    deadline = time.monotonic() + MEET_S
+    memory = os.memfd_create("ckpt-load", os.MFD_CLOEXEC)
+    lines: dict[int, socket.socket] = {}
+    mates: dict[int, Mate] = {}
+    try:
+        os.ftruncate(memory, _pages(len(say)) + size)
+        os.pwrite(memory, say, 0)
+        for number in range(index):
+            line = lines[number] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            line.settimeout(max(0.01, deadline - time.monotonic()))
+            line.connect(_address(tokens[ranks[number]]))
+            # who knows the other's token, and shows its own, was told them by the process group
+            line.sendall(tokens[ranks[index]])
+        expected = {tokens[ranks[number]]: number for number in range(index + 1, len(ranks))}
+        while expected:
+            listener.settimeout(max(0.01, deadline - time.monotonic()))
+            line, _ = listener.accept()
+            line.settimeout(max(0.01, deadline - time.monotonic()))
+            number_of = expected.pop(_exactly(line, _TOKEN), None) if _same_user(line) else None
+            if number_of is None:
+                line.close()
+            else:
+                lines[number_of] = line
+        for line in lines.values():
+            socket.send_fds(line, [_SIZES.pack(len(say), size)], [memory])
+        said = [say] * len(ranks)
+        for number, line in lines.items():
+            data, descriptors, _, _ = socket.recv_fds(line, _SIZES.size, 1)
+            if len(data) != _SIZES.size or len(descriptors) != 1:
+                raise ConnectionError("the other end closed")
+            length, shared = _SIZES.unpack(data)
+            mates[number] = Mate(ranks[number], line, descriptors[0], length, shared)
+            said[number] = os.pread(descriptors[0], length, 0)
+        own = mmap.mmap(memory, size, flags=_FLAGS, offset=_pages(len(say)))
+    except OSError:
+        for line in lines.values():
+            line.close()
+        for mate in mates.values():
+            os.close(mate.memory)
+        raise
+    finally:
+        os.close(memory)
+    return Node(index, mates, said, own)
+
+
+def _same_user(line: socket.socket) -> bool:
+    _, user, _ = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return bool(user == os.getuid())
+
+
+def _exactly(line: socket.socket, count: int) -> bytes:
+    data = line.recv(count, socket.MSG_WAITALL)
+    if len(data) != count:
+        raise ConnectionError("the other end closed")
+    return data
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE) * PAGE

@@ -265,7 +265,8 @@ def _needed(meta: TensorMeta, chunk: Box, part: Box, length: int, block_size: in
         return [(first, last)]
     if _gap(chunk, local) * itemsize <= block_size:
         # no block lies between two wanted elements
-        return [(at, min(at + SPAN, last)) for at in range(first, last, max(SPAN // block_size, 1) * block_size)]
+        span = max(SPAN - SPAN % block_size, block_size)
+        return [(at, min(at + span, last)) for at in range(first, last, span)]
     per_block = block_size // itemsize
     runs: list[tuple[int, int]] = []
     for at in range(first, last, block_size):

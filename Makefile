@@ -44,6 +44,7 @@ format: $(STAMP)
 bench: $(STAMP)
 	@echo "==> Running the benchmarks, 1 GiB, 20,000 small tensors, saving while training (half an hour; a quiet machine gives steadier numbers)"
 	@$(BIN)/python -m benchmarks.save_load
+	@$(BIN)/python -m benchmarks.load
 	@$(BIN)/python -m benchmarks.many_tensors
 	@$(BIN)/python -m benchmarks.async_save
 	@$(BIN)/python -m benchmarks.training_loop

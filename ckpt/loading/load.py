@@ -13,16 +13,14 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-
 from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation
+from ckpt.loading.bounce import Bounced, read_bounced
 from ckpt.loading.sharing import ElsewhereError, share
-from ckpt.state import LocalTensor, SavedState, SavedTensor, Target, build_target
+from ckpt.state import SavedState, SavedTensor, Target, build_target
 from ckpt.state.references import LEAVES
-from ckpt.state.torch_dtypes import as_carrier, dtype_of, from_carrier, torch_dtype
+from ckpt.state.torch_dtypes import as_carrier, dtype_of, torch_dtype
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.errors import (
     CheckpointError,
@@ -33,12 +31,9 @@ from ckpt_formats.errors import (
     ShapeMismatchError,
     StateMismatchError,
 )
-from ckpt_formats.geometry import Box, flat_boxes
 from ckpt_formats.reading import BUFFERS, ReadPlan, ReadStats, Request
 from ckpt_formats.remote import is_url, tidy
 
-BOUNCE = 64 << 20
-"""Bytes of host memory through which tensors pass that can't be read in place: on another device, or to be cast."""
 SHARED = 1.1
 """Ranks share what they read when they would read so many times what is stored, all together."""
 LITTLE = 16 << 20
@@ -174,8 +169,9 @@ class _Load:
         self.target: Target
         self.stats = ReadStats()
         self._plan = ReadPlan()
-        self._bounced: list[tuple[LocalTensor, Box, torch.Tensor]] = []
+        self._bounced: list[Bounced] = []
         self._shares = False
+        self._past_cache = True
         self.unexpected: list[str] = []
 
     def plan(self) -> None:
@@ -217,12 +213,15 @@ class _Load:
 
         With pipeline stages, each rank has only some of the checkpoint's names.
         """
-        covered = 0 if failure is not None else self._plan.bytes_covered
-        question, everybody = self._group.tally(failure, bool(self.unexpected), covered)
+        cost = (0, 0) if failure is not None else (self._plan.bytes_covered, self._bounced_bytes())
+        question, covered, bounced = self._group.tally(failure, bool(self.unexpected), *cost)
         if self._group.world_size == 1:
             return
         # more than there is: several ranks need the same blocks. All know that, so who shares nothing asks nobody
-        self._shares = everybody > SHARED * self._stored() + LITTLE
+        most = SHARED * self._stored() + LITTLE
+        self._shares = covered > most
+        # what others of this node read too is left to them in the page cache
+        self._past_cache = covered + bounced <= most
         if not question:
             return
 
@@ -234,6 +233,9 @@ class _Load:
         mine = json.dumps(self.unexpected).encode()
         self.unexpected = json.loads(self._group.exchange(mine, None, common))
         self._check_names()
+
+    def _bounced_bytes(self) -> int:
+        return sum(item.box.numel * item.dtype.itemsize for item in self._bounced)
 
     def _stored(self) -> int:
         """Bytes of all tensors below the entries of the state, whichever ranks need them."""
@@ -287,19 +289,13 @@ class _Load:
             if shared is not None:
                 stats, plan = shared
                 self._add(stats)
-        # what others of this node read too is left to them in the page cache
-        past_cache = not self._shares
-        self._add(reader.execute(plan, threads=_threads(), buffers=self._buffers, past_cache=past_cache))
+        self._add(reader.execute(plan, threads=_threads(), buffers=self._buffers, past_cache=self._past_cache))
         self.stats.bytes_needed = self._plan.bytes_needed
-        for local, box, view in self._bounced:
-            dtype = manifest.meta(local.name).dtype
-            for part in _bounded(box, dtype.itemsize):
-                array = np.empty(part.sizes, dtype=dtype.carrier)
-                self._add(self.checkpoint.read([Request(local.name, part, array)]))
-                with torch.no_grad():
-                    view[part.relative_to(box.offsets).slices()].copy_(from_carrier(array, torch_dtype(dtype.name)))
+        self._add(
+            read_bounced(reader, self._bounced, threads=_threads(), buffers=self._buffers, past_cache=self._past_cache)
+        )
 
-    def _in_place(self, bounced: list[tuple[LocalTensor, Box, torch.Tensor]]) -> Iterator[Request]:
+    def _in_place(self, bounced: list[Bounced]) -> Iterator[Request]:
         """What can be read straight into live memory; the rest goes to `bounced`."""
         tensors, aliases = self.checkpoint.manifest.tensors, self.checkpoint.manifest.aliases
         for local in self.target.tensors.values():
@@ -313,7 +309,7 @@ class _Load:
                 if same and view.is_cpu and not (view.is_conj() or view.is_neg()):
                     yield Request(name, piece.box, as_carrier(view))
                 else:
-                    bounced.append((local, piece.box, view))
+                    bounced.append(Bounced(name, meta.dtype, piece.box, view))
 
     def _add(self, stats: ReadStats) -> None:
         self.stats.bytes_read += stats.bytes_read
@@ -332,14 +328,6 @@ def _threads() -> int:
     """How many threads a rank reads with: the node's ranks share its CPUs. torchrun says how many ranks those are."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, min(4, (os.cpu_count() or 1) // max(1, int(ranks) if ranks.isdecimal() else 1)))
-
-
-def _bounded(box: Box, itemsize: int) -> Iterator[Box]:
-    """A box in parts of at most BOUNCE bytes."""
-    step = max(1, BOUNCE // itemsize)
-    for start in range(0, box.numel, step):
-        for part in flat_boxes(box.sizes, start, min(start + step, box.numel)):
-            yield Box(tuple(o + b for o, b in zip(part.offsets, box.offsets, strict=True)), part.sizes)
 
 
 def _prefixes(path: str) -> Iterator[str]:

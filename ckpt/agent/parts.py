@@ -16,7 +16,7 @@ from ckpt.agent.arena import Arena
 from ckpt.agent.crew import Committer
 from ckpt.agent.link import Link, LinkedFiles
 from ckpt.agent.writing import Captured, CapturedFile, FileWriter
-from ckpt.saving.commit import Part
+from ckpt.saving.commit import FileNames, Part
 from ckpt.storage.data_file import Chunk, Staging, WrittenFile, write_data_file
 from ckpt.storage.files import ALIGNMENT, Files
 from ckpt_formats.dtypes import dtype as dtype_named
@@ -86,7 +86,7 @@ class PartWriter:
         self._release = release
         self._ended = ended
         self._queue: queue.SimpleQueue[Piece | bool] = queue.SimpleQueue()
-        self._names: list[list[str]] = []
+        self._names: list[FileNames] = []
         self._written: list[WrittenFile] = []
         self._writer: FileWriter | None = None
         self._left = 0
@@ -143,7 +143,7 @@ class PartWriter:
             self._go_on(memory, piece.nbytes, stack)
         at = 0
         for captured in piece.begin:
-            self._names.append([chunk.name for chunk in captured.chunks])
+            self._names.append(FileNames.of([chunk.name for chunk in captured.chunks]))
             if self._compresses(piece, captured):
                 self._written.append(self._output.write_compressed(self._path, captured, memory[at:]))
                 at += -(-captured.size // ALIGNMENT) * ALIGNMENT

@@ -6,23 +6,25 @@ the index, writes the root, and publishes it. Knows no live state and no process
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
+from ckpt.saving.chunk_table import ChunkTable
 from ckpt.storage.data_file import WrittenFile
 from ckpt.storage.files import Files
-from ckpt.storage.publish import Folder, publish, write_pages
+from ckpt.storage.publish import Folder, page_spans, publish, write_page
 from ckpt_formats.codecs import KNOWN
 from ckpt_formats.digest import BLOCK_SIZE
-from ckpt_formats.dtypes import dtype as dtype_named
 from ckpt_formats.json_text import parse_json, to_json
-from ckpt_formats.manifest import TensorMeta
+from ckpt_formats.manifest import RESERVED_PREFIX, TensorMeta
 from ckpt_formats.native import index
-from ckpt_formats.native.index import IndexRows
-from ckpt_formats.native.root import DataFile, Root
+from ckpt_formats.native.index import LEAF, pack, pack_with_leaves
+from ckpt_formats.native.root import DataFile, PageFile, Root
+from ckpt_formats.safetensors_file import unpack_columns
 
 C = TypeVar("C")
 
@@ -30,36 +32,61 @@ FILE_CHUNKS = 200_000
 """Chunks per data file; more would not fit the header of a safetensors file."""
 
 
+class FileNames(NamedTuple):
+    """The tensor name of each row of a file: names of the model's tensors, which many ranks have alike, then others."""
+
+    shared: Sequence[str]
+    own: Sequence[str]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> FileNames:
+        """Names in the order of the rows."""
+        at = next((k for k, name in enumerate(names) if name.startswith(RESERVED_PREFIX)), len(names))
+        return cls(names[:at], names[at:])
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one writer wrote: its files, and the tensor name of each row, file after file."""
+    """What one writer wrote: its files, and the tensor names of their rows."""
 
     files: Sequence[WrittenFile]
-    names: Sequence[Sequence[str]]
+    names: Sequence[FileNames]
 
     def encode(self) -> bytes:
         """As bytes, to be sent to rank 0."""
         rows = [index.pack(file.rows) for file in self.files]
+        shared = [zlib.compress(to_json(names.shared), 1) for names in self.names]
         head = to_json(
             {
                 "files": [[file.path, file.size, file.header, file.digest] for file in self.files],
-                "names": self.names,
+                "own": [names.own for names in self.names],
+                "shared": [len(names) for names in shared],
                 "rows": [len(row) for row in rows],
             }
         )
-        return b"".join([len(head).to_bytes(8, "little"), head, *rows])
+        return b"".join([len(head).to_bytes(8, "little"), head, *shared, *rows])
 
     @staticmethod
     def decode(data: bytes) -> Part:
-        """The inverse of encode."""
+        """The inverse of encode. Names that many ranks have are kept once."""
         view = memoryview(data)
         at = 8 + int.from_bytes(view[:8], "little")
         head = parse_json(view[8:at], "what a rank wrote")
+        row_names = []
+        for own, length in zip(head["own"], head["shared"], strict=True):
+            row_names.append(FileNames(_shared_names(bytes(view[at : at + length])), own))
+            at += length
         files = []
         for (path, size, header, digest), length in zip(head["files"], head["rows"], strict=True):
-            files.append(WrittenFile(path, size, header, digest, index.unpack(view[at : at + length], path)))
+            rows = index.rows_of(unpack_columns(view[at : at + length], path), path)
+            files.append(WrittenFile(path, size, header, digest, rows))
             at += length
-        return Part(files, head["names"])
+        return Part(files, row_names)
+
+
+@lru_cache(maxsize=8)
+def _shared_names(packed: bytes) -> tuple[str, ...]:
+    return tuple(json.loads(zlib.decompress(packed)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,32 +114,29 @@ def commit(files: Files, folder: Folder, attempt: str, contents: Contents, parts
 
     Raises:
         CheckpointExistsError: another attempt committed meanwhile.
+        CoverageError: what was written does not cover a tensor; nothing was committed.
         OSError: nothing was committed.
     """
     written = [file for part in parts for file in part.files]
-    row_names = [name for part in parts for file_names in part.names for name in file_names]
-    ordered = sorted(contents.tensors)
-    position = {name: k for k, name in enumerate(ordered)}
-    if written:
-        rows = index.merge([file.rows for file in written], range(len(written)))
-        tensor = np.fromiter((position[name] for name in row_names), np.int64, len(row_names))
-        # by tensor, then by offset: the last key of lexsort is the first to sort by
-        order = np.lexsort((*rows.offset.T[::-1], tensor))
-        rows = index.take(rows, order)
-        counts = np.bincount(tensor, minlength=len(ordered)).tolist()
-    else:
-        rows = index.merge([_no_rows()], [0])
-        counts = [0] * len(ordered)
-    pages, placed = write_pages(files, folder.path, attempt, rows, counts)
+    row_names = [names for part in parts for names in part.names]
+    table = ChunkTable(contents.tensors, [file.rows for file in written], row_names)
+    pages: list[PageFile] = []
     tensors: dict[str, TensorMeta] = {}
-    for name, count, (page, row) in zip(ordered, counts, placed, strict=True):
-        dtype, shape, cut = contents.tensors[name]
-        tensors[name] = TensorMeta(name, dtype_named(dtype), shape, page, row, count, cut)
+    spans, placed = page_spans(table.counts)
+    for number, (first, last) in enumerate(spans):
+        page = table.page(first, last, placed)
+        data = pack_with_leaves(page.rows) if page.partly else pack(page.rows)
+        leaf = LEAF if page.partly else 0
+        pages.append(write_page(files, folder.path, attempt, number, data, len(page.rows), leaf))
+        tensors.update((meta.name, meta) for meta in page.metas)
+    if len(tensors) < len(table.names):
+        # the page of those without chunks is none
+        tensors = {name: tensors.get(name) or table.empty(name) for name in table.names}
     root = Root(
         attempt=attempt,
         step=contents.step,
         block_size=BLOCK_SIZE,
-        codecs=KNOWN[: int(rows.codec.max(initial=0)) + 1],
+        codecs=KNOWN[: table.codecs],
         files=[DataFile(file.path, file.size, file.header, file.digest) for file in written],
         pages=pages,
         tensors=tensors,
@@ -123,20 +147,3 @@ def commit(files: Files, folder: Folder, attempt: str, contents: Contents, parts
         provenance=contents.provenance,
     )
     publish(files, folder, root)
-
-
-def _no_rows() -> IndexRows:
-    def column(dtype: type, *width: int) -> Any:
-        return np.empty((0, *width), dtype)
-
-    return IndexRows(
-        offset=column(np.int64, 1),
-        size=column(np.int64, 1),
-        file=column(np.int64),
-        start=column(np.int64),
-        length=column(np.int64),
-        codec=column(np.uint8),
-        digest=column(np.uint8, 16),
-        block=column(np.int64),
-        block_digest=column(np.uint8, 16),
-    )

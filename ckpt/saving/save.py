@@ -23,7 +23,7 @@ from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation, Phase
 from ckpt.provenance import provenance
-from ckpt.saving.commit import Contents, Part, commit, split_files
+from ckpt.saving.commit import Contents, FileNames, Part, commit, split_files
 from ckpt.saving.plan import Assigned, Plan, decode_assignment, describe, encode_assignment, make_plan, merge_entries
 from ckpt.saving.side_copies import finish_gpus
 from ckpt.saving.sources import BytesSource, TensorSource
@@ -351,7 +351,7 @@ class Attempt:
                 for number, some in enumerate(split_files(planned.chunks))
             ]
             phase.bytes = sum(file.size for file in written)
-            chunk_names = [[chunk.name for chunk in some] for some in split_files(planned.chunks)]
+            chunk_names = [FileNames.of([chunk.name for chunk in some]) for some in split_files(planned.chunks)]
             return Part(written, chunk_names).encode(), None
         except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
             return b"", _explain(error, self.path, rank)

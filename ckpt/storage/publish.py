@@ -13,13 +13,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ckpt.storage.files import Files
 from ckpt_formats.digest import BLOCK_SIZE, block_digests
 from ckpt_formats.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, SaveFailedError
-from ckpt_formats.native import index, names
-from ckpt_formats.native.index import PAGE_ROWS, IndexRows
+from ckpt_formats.native import names
+from ckpt_formats.native.index import PAGE_ROWS
 from ckpt_formats.native.reader import read_root
 from ckpt_formats.native.root import PageFile, Root, encode
 
@@ -69,37 +67,35 @@ def prepare_folder(files: Files, path: str) -> Folder:
     return Folder(path, made)
 
 
-def write_pages(
-    files: Files, folder: str, attempt: str, rows: IndexRows, counts: Sequence[int]
-) -> tuple[list[PageFile], list[tuple[int, int]]]:
-    """Write the index as pages and sync them.
+def page_spans(counts: Sequence[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Part the index into pages.
 
     Args:
-        rows: all chunks, sorted by tensor and offset.
         counts: chunks of each tensor, in the order of the rows.
 
     Returns:
-        The pages, and for each tensor its page and first row there ((0, 0) for a tensor without chunks).
+        The first tensor of each page and the one after its last, and for each tensor its page and first row there
+        ((0, 0) for a tensor without chunks).
     """
     spans: list[tuple[int, int]] = []
     placed: list[tuple[int, int]] = []
-    begin = end = 0
-    for count in counts:
-        if end - begin and end - begin + count > PAGE_ROWS:
-            spans.append((begin, end))
-            begin = end
-        placed.append((len(spans), end - begin) if count else (0, 0))
-        end += count
-    if end > begin:
-        spans.append((begin, end))
-    pages = []
-    for number, (first, last) in enumerate(spans):
-        data = index.pack(index.take(rows, np.arange(first, last)))
-        path = names.index_path(number, attempt)
-        _write_small(files, os.path.join(folder, path), data)
-        digests = [block.hex() for block in block_digests(data, BLOCK_SIZE)]
-        pages.append(PageFile(path, len(data), last - first, digests))
-    return pages, placed
+    begin = rows = 0
+    for number, count in enumerate(counts):
+        if rows and rows + count > PAGE_ROWS:
+            spans.append((begin, number))
+            begin, rows = number, 0
+        placed.append((len(spans), rows) if count else (0, 0))
+        rows += count
+    if rows:
+        spans.append((begin, len(counts)))
+    return spans, placed
+
+
+def write_page(files: Files, folder: str, attempt: str, number: int, data: bytearray, rows: int, leaf: int) -> PageFile:
+    """Write a page of the index and sync it. `leaf` is what PageFile says of it."""
+    path = names.index_path(number, attempt)
+    _write_small(files, os.path.join(folder, path), data)
+    return PageFile(path, len(data), rows, [block.hex() for block in block_digests(data, BLOCK_SIZE)], leaf)
 
 
 def publish(files: Files, folder: Folder, root: Root) -> None:
@@ -222,7 +218,7 @@ def remove_folders(files: Files, made: Sequence[str]) -> None:
             files.remove_folder(path)
 
 
-def _write_small(files: Files, path: str, data: bytes) -> None:
+def _write_small(files: Files, path: str, data: bytes | bytearray) -> None:
     with files.create(path, direct=False) as file:
         file.write(memoryview(data), 0)
         file.sync()

@@ -18,7 +18,7 @@ import numpy as np
 from ckpt import collector
 from ckpt.events import Operation
 from ckpt.provenance import provenance
-from ckpt.saving.commit import Contents, Part, commit, split_files
+from ckpt.saving.commit import Contents, FileNames, Part, commit, split_files
 from ckpt.storage.data_file import Chunk, Staging, write_data_file
 from ckpt.storage.files import Files
 from ckpt.storage.publish import discard, prepare_folder
@@ -115,7 +115,7 @@ def reshard(
                         data = names.data_path(rank, number, attempt)
                         chunks = _Feed(checkpoint, some, count).chunks()
                         written.append(write_data_file(files, path, data, chunks, staging, compress=compress))
-                        chunk_names.append([chunk.name for chunk in chunks])
+                        chunk_names.append(FileNames.of([chunk.name for chunk in chunks]))
                     phase.bytes = sum(file.size for file in written)
                 parts.append(Part(written, chunk_names))
             with operation.phase("commit"):

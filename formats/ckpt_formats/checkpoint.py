@@ -71,7 +71,7 @@ class LazyTensor:
             CorruptionError: bytes that are needed do not fit their checksum.
         """
         box, rest = _bounding_box(self.shape, index if isinstance(index, tuple) else (index,))
-        self._reader.require(self.name)
+        self._reader.require(self.name, box)
         array: AnyArray = np.empty(box.sizes, dtype=self.dtype.carrier)
         self._reader.read([Request(self.name, box, array)])
         # `rest` may turn a 0-d result into a scalar; [...] keeps it an array

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ import numpy as np
 from ckpt_formats.arrays import Int64Array, UInt8Array
 from ckpt_formats.dtypes import DType
 from ckpt_formats.errors import CoverageError, MissingTensorError
-from ckpt_formats.geometry import check_cover
+from ckpt_formats.geometry import Box, check_cover, intersect_rows
+from ckpt_formats.grid import Runs, grid_of
 
 RESERVED_PREFIX = "__ckpt__."
 """Names that are the format's own: stored like tensors, but not tensors of the model."""
@@ -40,6 +41,8 @@ class TensorMeta(NamedTuple):
     row: int
     rows: int
     cut: int | None
+    grid: Runs | None = None
+    """Of what grid its chunks are the cells, in order; None where that is not known."""
 
     @property
     def numel(self) -> int:
@@ -67,6 +70,8 @@ class ChunkRows:
     """[n]: first row in block_digest, -1 for chunks of at most one block."""
     block_digest: UInt8Array | None
     """[m, 16]."""
+    fetch: Callable[[TensorMeta, int, int], None] | None = None
+    """Brings rows of a tensor, from the first up to the last, numbered within the page; None if all are there."""
 
 
 class Manifest:
@@ -99,8 +104,10 @@ class Manifest:
         provenance: Mapping[str, Any],
         block_size: int,
         page_count: int,
-        load_page: Callable[[int], ChunkRows],
+        of_page: Callable[[int], Sequence[TensorMeta]],
+        load_page: Callable[[int, bool], ChunkRows],
     ) -> None:
+        """`of_page` gives the tensors whose chunks are on a page, and `load_page` a page, whole if so asked."""
         self.path = path
         self.step = step
         self.attempt = attempt
@@ -112,6 +119,7 @@ class Manifest:
         self.provenance = provenance
         self.block_size = block_size
         self.page_count = page_count
+        self._of_page = of_page
         self._load_page = load_page
         self._pages: dict[int, ChunkRows] = {}
         self._covered: set[str] = set()
@@ -152,13 +160,50 @@ class Manifest:
         return f"; did you mean {' or '.join(map(repr, close))}?" if close else "; `ckpt show` lists what it has"
 
     def page(self, number: int) -> ChunkRows:
-        """The chunks of a page, fetched and checked at the first use."""
+        """The chunks of a page, all of them, fetched and checked at the first use."""
+        page = self.ranged_page(number)
+        if page.fetch is None:
+            return page
+        with self._lock:
+            page = self._pages[number] = self._load_page(number, True)
+            return page
+
+    def ranged_page(self, number: int) -> ChunkRows:
+        """The chunks of a page, of which only those that were fetched may be there; see `fetch`."""
         with self._lock:
             page = self._pages.get(number)
             if page is None:
-                page = self._pages[number] = self._load_page(number)
-                self._covered.update(self._plainly_covered(number, page))
+                page = self._pages[number] = self._load_page(number, False)
+                if page.fetch is None:
+                    metas = self._of_page(number)
+                    covered = plainly_covered(metas, page.offset, page.size)
+                    self._covered.update(meta.name for meta in itertools.compress(metas, covered))
             return page
+
+    def fetch(self, meta: TensorMeta, first: int, last: int) -> None:
+        """Have the rows `first` up to `last` of the tensor's page, which are all the tensor's."""
+        page = self.ranged_page(meta.page)
+        if page.fetch is not None:
+            with self._lock:
+                page.fetch(meta, first, last)
+
+    def chunks_in(self, meta: TensorMeta, box: Box) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """The chunks that meet a box with elements: their rows [n] in the page, offsets and sizes [n, ndim].
+
+        Their rows are fetched. Raises CoverageError as `chunks`.
+        """
+        self.require_cover(meta)
+        page = self.ranged_page(meta.page)
+        ndim = len(meta.shape)
+        if page.fetch is None or meta.grid is None:
+            offsets, sizes = self._boxes(meta)
+            rows, _, _ = intersect_rows(offsets, sizes, box)
+            return rows + meta.row, offsets[rows], sizes[rows]
+        rows = grid_of(meta.grid).meeting(box) + meta.row
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        for low, high in itertools.pairwise([0, *breaks.tolist(), len(rows)]):
+            self.fetch(meta, int(rows[low]), int(rows[high - 1]) + 1)
+        return rows, page.offset[rows, :ndim], page.size[rows, :ndim]
 
     def chunks(self, meta: TensorMeta) -> tuple[Int64Array, Int64Array]:
         """Offsets and sizes, each int64 [rows, ndim], of the chunks of a tensor, checked to cover it exactly.
@@ -174,8 +219,9 @@ class Manifest:
         if meta.name in self._covered:
             return
         if meta.rows:
-            self.page(meta.page)
-            if meta.name in self._covered:
+            page = self.ranged_page(meta.page)
+            # cells of a grid cover it, and rows that are fetched are held to theirs
+            if meta.name in self._covered or (page.fetch is not None and meta.grid is not None):
                 return
         try:
             check_cover(meta.shape, *self._boxes(meta))
@@ -192,36 +238,42 @@ class Manifest:
         if not meta.rows:
             none = np.empty((0, ndim), dtype=np.int64)
             return none, none
-        page = self.page(meta.page)
+        page = self.ranged_page(meta.page)
+        self.fetch(meta, meta.row, meta.row + meta.rows)
         rows = slice(meta.row, meta.row + meta.rows)
         return page.offset[rows, :ndim], page.size[rows, :ndim]
 
-    def _plainly_covered(self, number: int, page: ChunkRows) -> Iterable[str]:
-        """Tensors of a page that are covered exactly for a simple reason, found for all of them at once.
 
-        The reason: they are cut along one dimension at most, and each chunk begins where the one before it ends. Others
-        are left to check_cover, one by one, when they are needed.
-        """
-        metas = [meta for meta in self.tensors.values() if meta.rows and meta.page == number]
-        if not metas:
-            return ()
-        # column by column: what is done for each tensor counts where there are many
-        names, _, of_tensor, _, row, count, _ = zip(*metas, strict=True)
-        width = page.size.shape[1]
-        ndim = np.fromiter(map(len, of_tensor), np.int64, len(metas))
-        shapes = np.ones((len(metas), width), np.int64)
-        shapes[np.arange(width) < ndim[:, None]] = np.fromiter(itertools.chain.from_iterable(of_tensor), np.int64)
-        first = np.array(row, np.int64)
-        rows_of = np.array(count, np.int64)
-        last = first + rows_of - 1
-        tensor = np.repeat(np.arange(len(metas)), rows_of)
-        cut = np.logical_or.reduceat((page.offset != 0) | (page.size != shapes[tensor]), first, axis=0)
-        dim = cut.argmax(axis=1)
-        rows = np.arange(len(tensor))
-        start = page.offset[rows, dim[tensor]]
-        stop = start + page.size[rows, dim[tensor]]
-        follows = np.empty(len(rows), dtype=bool)
-        follows[1:] = start[1:] == stop[:-1]
-        follows[first] = start[first] == 0
-        plain = np.logical_and.reduceat(follows, first) & (stop[last] == shapes[np.arange(len(metas)), dim])
-        return itertools.compress(names, (plain & (cut.sum(axis=1) <= 1)).tolist())
+def plainly_covered(metas: Sequence[TensorMeta], offset: Int64Array, size: Int64Array) -> list[bool]:
+    """Which tensors are covered exactly for a simple reason, found for all of them at once.
+
+    The reason: they are cut along one dimension at most, and each chunk begins where the one before it ends. Whether
+    others are is a matter for check_cover.
+
+    Args:
+        metas: tensors that have chunks, in order.
+        offset: [n, D], of the chunks of all of them, one tensor after the other, sorted; and so `size`.
+    """
+    if not metas:
+        return []
+    # column by column: what is done for each tensor counts where there are many
+    _, _, of_tensor, _, _, count, _, _ = zip(*metas, strict=True)
+    width = size.shape[1]
+    ndim = np.fromiter(map(len, of_tensor), np.int64, len(metas))
+    shapes = np.ones((len(metas), width), np.int64)
+    shapes[np.arange(width) < ndim[:, None]] = np.fromiter(itertools.chain.from_iterable(of_tensor), np.int64)
+    rows_of = np.array(count, np.int64)
+    first = np.cumsum(rows_of) - rows_of
+    last = first + rows_of - 1
+    tensor = np.repeat(np.arange(len(metas)), rows_of)
+    cut = np.logical_or.reduceat((offset != 0) | (size != shapes[tensor]), first, axis=0)
+    dim = cut.argmax(axis=1)
+    rows = np.arange(len(tensor))
+    start = offset[rows, dim[tensor]]
+    stop = start + size[rows, dim[tensor]]
+    follows = np.empty(len(rows), dtype=bool)
+    follows[1:] = start[1:] == stop[:-1]
+    follows[first] = start[first] == 0
+    plain = np.logical_and.reduceat(follows, first) & (stop[last] == shapes[np.arange(len(metas)), dim])
+    covered: list[bool] = (plain & (cut.sum(axis=1) <= 1)).tolist()
+    return covered

@@ -14,7 +14,8 @@ from itertools import chain
 
 from ckpt_formats.arrays import AnyArray
 from ckpt_formats.codecs import RAW, require_known
-from ckpt_formats.geometry import Box, flat_boxes, flat_hull, intersect_rows
+from ckpt_formats.geometry import Box, flat_boxes, flat_hull
+from ckpt_formats.grid import grid_of
 from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import ChunkRows, Manifest, TensorMeta
 from ckpt_formats.pieces import EncodedPiece, Piece, Request, position
@@ -81,7 +82,9 @@ class Pages:
         """The table of a page, fetched when it is first needed."""
         table = self._tables.get(page)
         if table is None:
-            table = self._tables[page] = PageTable(self._manifest.page(page), self._locations.places(page))
+            chunks = self._manifest.ranged_page(page)
+            kind = PageTable if chunks.fetch is None else RangedTable
+            table = self._tables[page] = kind(chunks, self._locations.places(page))
         return table
 
 
@@ -134,15 +137,17 @@ class Planner:
             return
         row = table.find(meta, box)
         if row is not None:
+            if table.partial:
+                manifest.fetch(meta, row, row + 1)
             # what most loads want: exactly what was stored
             self._plan_chunk(table, meta, row, box, box, into, box.offsets, plan)
             return
-        offsets, sizes = self._manifest.chunks(meta)
-        rows, starts, extents = intersect_rows(offsets, sizes, box)
-        for row, start, extent in zip(rows.tolist(), starts.tolist(), extents.tolist(), strict=True):
-            chunk = Box(tuple(offsets[row].tolist()), tuple(sizes[row].tolist()))
-            part = Box(tuple(start), tuple(extent))
-            self._plan_chunk(table, meta, meta.row + row, chunk, part, into, box.offsets, plan)
+        rows, offsets, sizes = manifest.chunks_in(meta, box)
+        for row, offset, size in zip(rows.tolist(), offsets.tolist(), sizes.tolist(), strict=True):
+            chunk = Box(tuple(offset), tuple(size))
+            part = chunk.intersect(box)
+            if part is not None:
+                self._plan_chunk(table, meta, row, chunk, part, into, box.offsets, plan)
 
     def _plan_chunk(
         self,
@@ -211,17 +216,20 @@ class Planner:
 class PageTable:
     """A page's chunks and their first places as plain lists and bytes: a tenth of what indexing arrays costs."""
 
+    partial = False
+    """Whether rows have to be fetched before they are looked at."""
+
     def __init__(self, chunks: ChunkRows, alternatives: Sequence[Places]) -> None:
         places = alternatives[0]
-        self.source: list[int] = places.source.tolist()
-        self.start: list[int] = places.start.tolist()
-        self.length: list[int] = places.length.tolist()
-        self.codec: list[int] = places.codec.tolist()
+        self.source: Sequence[int] = places.source.tolist()
+        self.start: Sequence[int] = places.start.tolist()
+        self.length: Sequence[int] = places.length.tolist()
+        self.codec: Sequence[int] = places.codec.tolist()
         self.sizes: list[list[int]] = chunks.size.tolist()
         self.offsets: list[list[int]] = chunks.offset.tolist()
-        self.digests = b"" if chunks.digest is None else chunks.digest.tobytes()
-        self.block: list[int] = [] if chunks.block is None else chunks.block.tolist()
-        self.block_digests = b"" if chunks.block_digest is None else chunks.block_digest.tobytes()
+        self.digests: bytes | memoryview = b"" if chunks.digest is None else chunks.digest.tobytes()
+        self.block: Sequence[int] = [] if chunks.block is None else chunks.block.tolist()
+        self.block_digests: bytes | memoryview = b"" if chunks.block_digest is None else chunks.block_digest.tobytes()
 
     def find(self, meta: TensorMeta, box: Box) -> int | None:
         """The row of the chunk that is exactly that box, if there is one. Rows are sorted by offset."""
@@ -231,6 +239,28 @@ class PageTable:
         if row == meta.row + meta.rows or self.offsets[row] != offset or self.sizes[row] != [*box.sizes, *(1,) * more]:
             return None
         return row
+
+
+class RangedTable(PageTable):
+    """The same for a page that is fetched row by row: views, since what is there changes."""
+
+    partial = True
+
+    def __init__(self, chunks: ChunkRows, alternatives: Sequence[Places]) -> None:
+        places = alternatives[0]
+        self.source = places.source.data
+        self.start = places.start.data
+        self.length = places.length.data
+        self.codec = places.codec.data
+        self.digests = b"" if chunks.digest is None else chunks.digest.reshape(-1).data
+        self.block = [] if chunks.block is None else chunks.block.data
+        self.block_digests = b"" if chunks.block_digest is None else chunks.block_digest.reshape(-1).data
+
+    def find(self, meta: TensorMeta, box: Box) -> int | None:
+        if meta.grid is None:
+            return None
+        cell = grid_of(meta.grid).find(box)
+        return None if cell is None else meta.row + cell
 
 
 def _spans(pieces: list[Piece]) -> list[list[Piece]]:

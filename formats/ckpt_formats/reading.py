@@ -30,6 +30,7 @@ from ckpt_formats.codecs import KNOWN, RAW, BlockError, decode_block, word_size
 from ckpt_formats.digest import DIGEST_SIZE, digest
 from ckpt_formats.encoded import EncodedChunk, Tables
 from ckpt_formats.errors import CorruptionError
+from ckpt_formats.geometry import Box
 from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import Manifest, TensorMeta
 from ckpt_formats.memory import scratch
@@ -47,6 +48,8 @@ FAR_THREADS = 16
 """Threads that read from far (LocationMap.far), where they wait for answers."""
 DEVICE_THREADS = 4
 """Threads that read past the page cache, where they wait for the device."""
+SAMPLE = 64
+"""Chunks of a tensor in more of them that are looked at before memory for all of it is allocated."""
 _SAMPLES = 64
 """Pages of a file that are looked up in the page cache, to see whether it lies there."""
 
@@ -156,17 +159,28 @@ class Reader:
             cached += source.cached(sample)
         return asked > 0 and 2 * cached < asked
 
-    def require(self, name: str) -> TensorMeta:
-        """Check what a tensor claims before anybody allocates for it: its chunks cover it, in files that large.
+    def require(self, name: str, box: Box | None = None) -> TensorMeta:
+        """Check what a tensor claims before anybody allocates for it, or for a box of it.
+
+        Which is: its chunks cover it, in files that large; of a tensor in very many chunks, some of the files.
 
         Raises:
             MissingTensorError, CoverageError, CorruptionError: as their names say.
         """
         meta = self._manifest.meta(name)
-        self._manifest.chunks(meta)
-        if meta.rows:
-            for source in set(self._pages.table(meta.page).source[meta.row : meta.row + meta.rows]) - {-1}:
-                self._locations.sources[source].size()
+        self._manifest.require_cover(meta)
+        box = Box.whole(meta.shape) if box is None else box
+        if not meta.rows or 0 in box.sizes:
+            return meta
+        table = self._pages.table(meta.page)
+        if table.partial and meta.rows > SAMPLE and box.sizes == meta.shape:
+            rows = np.linspace(meta.row, meta.row + meta.rows - 1, SAMPLE, dtype=np.int64)
+            for row in rows.tolist():
+                self._manifest.fetch(meta, row, row + 1)
+        else:
+            rows, _, _ = self._manifest.chunks_in(meta, box)
+        for source in {table.source[row] for row in rows.tolist()} - {-1}:
+            self._locations.sources[source].size()
         return meta
 
     def run(self, task: list[Piece], staging: Staging) -> None:

@@ -155,23 +155,30 @@ def parse_header(data: Buffer, file_size: int, what: str) -> list[Entry]:
     return entries
 
 
-def pack_columns(columns: Mapping[str, AnyArray]) -> bytes:
-    """Columns (int64 or uint8 arrays, at most 2-D) as the bytes of one safetensors file.
+def pack_columns(columns: Mapping[str, AnyArray], *, header_only: bool = False) -> bytearray:
+    """Columns (int64 or uint8 arrays, at most 2-D) as the bytes of one safetensors file, or only its header.
 
     int64 columns must come before uint8 ones, so that no column needs padding.
     """
     header: dict[str, object] = {}
-    payload: list[bytes] = []
     at = 0
     for key, array in columns.items():
         dtype = "I64" if array.dtype == np.int64 else "U8"
-        data = np.ascontiguousarray(array, dtype=_COLUMN_DTYPES[dtype]).tobytes()
-        header[key] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, at + len(data)]}
-        payload.append(data)
-        at += len(data)
+        header[key] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % 64)
-    return b"".join([len(text).to_bytes(8, "little"), text, *payload])
+    head = len(text).to_bytes(8, "little") + text
+    if header_only:
+        return bytearray(head)
+    data = bytearray(len(head) + at)
+    data[: len(head)] = head
+    at = len(head)
+    for array in columns.values():
+        stored = np.frombuffer(data, array.dtype.newbyteorder("<"), array.size, at)
+        stored.reshape(array.shape)[...] = array
+        at += array.nbytes
+    return data
 
 
 def _fits(shape: tuple[int, ...], itemsize: int, nbytes: int) -> bool:

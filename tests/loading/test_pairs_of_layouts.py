@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt.saving.commit import Contents, Part, commit
+from ckpt.saving.commit import Contents, FileNames, Part, commit
 from ckpt.saving.plan import decode_assignment, describe, encode_assignment, make_plan
 from ckpt.saving.save import chunks_of
 from ckpt.state import LocalState, LocalTensor, Piece
@@ -73,7 +73,7 @@ def write(states: list[LocalState], path: str) -> None:
     for rank, (state, assignment) in enumerate(zip(states, plan.assignments, strict=True)):
         chunks = chunks_of(state, decode_assignment(encode_assignment(assignment)))
         written = write_data_file(files, path, data_path(rank, 0, attempt), chunks, STAGING)
-        parts.append(Part.decode(Part([written], [[chunk.name for chunk in chunks]]).encode()))
+        parts.append(Part.decode(Part([written], [FileNames.of([chunk.name for chunk in chunks])]).encode()))
     contents = Contents(
         step=1,
         tensors=plan.tensors,

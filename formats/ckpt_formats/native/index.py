@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ckpt_formats.arrays import AnyArray, Buffer, Int64Array, UInt8Array
-from ckpt_formats.digest import DIGEST_SIZE, as_rows
+from ckpt_formats.digest import BLOCK_SIZE, DIGEST_SIZE, as_rows, block_digests
 from ckpt_formats.errors import FormatError
 from ckpt_formats.geometry import Box
 from ckpt_formats.safetensors_file import pack_columns, unpack_columns
 
 PAGE_ROWS = 1 << 18
 """A page is closed once it has so many rows; a tensor's rows never straddle pages."""
+LEAF = 4096
+"""Bytes of a page per leaf digest: the least that is read, and verified, of a page that is read in part."""
+PARTLY = 8
+"""Chunks per tensor, on the average of a page, from which it pays to read pages in part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +43,54 @@ class IndexRows:
         return len(self.offset)
 
 
-def pack(rows: IndexRows) -> bytes:
+def pack(rows: IndexRows) -> bytearray:
     """The rows as the bytes of an index page."""
-    return pack_columns(
-        {
-            "offset": rows.offset,
-            "size": rows.size,
-            "file": rows.file,
-            "start": rows.start,
-            "length": rows.length,
-            "block": rows.block,
-            "codec": rows.codec,
-            "digest": rows.digest,
-            "block_digest": rows.block_digest,
-        }
-    )
+    return pack_columns(_columns(rows))
+
+
+def pack_with_leaves(rows: IndexRows) -> bytearray:
+    """The same with a digest for each LEAF bytes at its end, for whoever reads it in part."""
+    columns: dict[str, AnyArray] = _columns(rows)
+    # the header must be as long as if they were there
+    columns["leaf_digest"] = np.empty((0, DIGEST_SIZE), np.uint8)
+    before = len(pack_columns(columns, header_only=True))
+    while True:
+        nbytes = before + sum(column.nbytes for column in columns.values()) - columns["leaf_digest"].nbytes
+        count = -(-nbytes // LEAF)
+        if len(columns["leaf_digest"]) == count:
+            break
+        columns["leaf_digest"] = np.zeros((count, DIGEST_SIZE), np.uint8)
+        before = len(pack_columns(columns, header_only=True))
+    data = pack_columns(columns)
+    leaves = block_digests(memoryview(data)[:nbytes], LEAF)
+    data[nbytes:] = b"".join(leaves)
+    return data
+
+
+def leaves_of(page_size: int) -> tuple[int, int]:
+    """How many leaves a page of that size with leaf digests has, and where those digests begin, in bytes."""
+    count = -(-page_size // (LEAF + DIGEST_SIZE))
+    return count, page_size - count * DIGEST_SIZE
+
+
+def pays_partly(rows: IndexRows, tensors: int) -> bool:
+    """Whether a page of these rows should have leaf digests: where it is large, and mostly little of it is wanted."""
+    nbytes = sum(column.nbytes for column in _columns(rows).values())
+    return nbytes > BLOCK_SIZE and len(rows) >= PARTLY * tensors
+
+
+def _columns(rows: IndexRows) -> dict[str, AnyArray]:
+    return {
+        "offset": rows.offset,
+        "size": rows.size,
+        "file": rows.file,
+        "start": rows.start,
+        "length": rows.length,
+        "block": rows.block,
+        "codec": rows.codec,
+        "digest": rows.digest,
+        "block_digest": rows.block_digest,
+    }
 
 
 def unpack(data: Buffer, what: str) -> IndexRows:
@@ -64,7 +101,17 @@ def unpack(data: Buffer, what: str) -> IndexRows:
     Raises:
         FormatError: data are not an index page.
     """
-    columns = unpack_columns(data, what)
+    rows = rows_of(unpack_columns(data, what), what)
+    require_numbers(rows, what)
+    return rows
+
+
+def rows_of(columns: Mapping[str, AnyArray], what: str) -> IndexRows:
+    """The rows that these columns of an index page are; the numbers in them are not looked at.
+
+    Raises:
+        FormatError: columns are missing, of another type, or do not fit one another.
+    """
 
     def column(name: str, dtype: type, ndim: int) -> AnyArray:
         array = columns.get(name)
@@ -89,12 +136,16 @@ def unpack(data: Buffer, what: str) -> IndexRows:
         raise FormatError(f"{what}: its columns differ in length")
     if rows.digest.shape[1] != DIGEST_SIZE or rows.block_digest.shape[1] != DIGEST_SIZE:
         raise FormatError(f"{what}: digests have {DIGEST_SIZE} bytes each")
-    if count:
+    return rows
+
+
+def require_numbers(rows: IndexRows, what: str) -> None:
+    """Raise FormatError for numbers that no chunk can have, whatever the checkpoint."""
+    if len(rows):
         if min(int(v.min(initial=0)) for v in (rows.offset, rows.file, rows.start, rows.length)) < 0:
             raise FormatError(f"{what}: a negative offset, position or length")
         if int(rows.size.min(initial=1)) < 1:
             raise FormatError(f"{what}: a box without elements")
-    return rows
 
 
 def build(
@@ -129,6 +180,8 @@ def build(
 
 def merge(parts: Sequence[IndexRows], file_base: Sequence[int]) -> IndexRows:
     """The rows of several writers one after the other; file numbers of part k are raised by file_base[k]."""
+    if not parts:
+        return build([], [], [], [], [], [])
     ndim = max((part.offset.shape[1] for part in parts), default=1)
     block_base = 0
     blocks = []
@@ -152,10 +205,13 @@ def merge(parts: Sequence[IndexRows], file_base: Sequence[int]) -> IndexRows:
     )
 
 
-def take(rows: IndexRows, order: Int64Array) -> IndexRows:
-    """The rows at the positions `order`, with only the block digests that they need."""
+def take(rows: IndexRows, order: Int64Array, counts: Int64Array | None = None) -> IndexRows:
+    """The rows at the positions `order`, with only the block digests that they need.
+
+    `counts` are those of `block_counts(rows)`, for whoever takes several times.
+    """
     block = rows.block[order]
-    counts = block_counts(rows)[order]
+    counts = (block_counts(rows) if counts is None else counts)[order]
     # consecutive block digests of each chosen chunk, one chunk after the other
     firsts = np.cumsum(counts) - counts
     picks = np.repeat(block - firsts, counts) + np.arange(int(counts.sum()))

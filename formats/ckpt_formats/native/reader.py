@@ -8,17 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from ckpt_formats.codecs import EXPONENT_ZSTD, RAW, stored_bounds, word_size
-from ckpt_formats.digest import digest
+from ckpt_formats.digest import block_digests, digest
 from ckpt_formats.errors import CheckpointNotFoundError, CorruptionError, FormatError, StoreError
 from ckpt_formats.locations import LocationMap, Places
-from ckpt_formats.manifest import ChunkRows, Manifest
+from ckpt_formats.manifest import ChunkRows, Manifest, TensorMeta
 from ckpt_formats.native import index, names
-from ckpt_formats.native.index import IndexRows
+from ckpt_formats.native.index import LEAF, IndexRows, leaves_of
 from ckpt_formats.native.node_folders import NodeFolders, folders_of, missing_text, root_folder
+from ckpt_formats.native.ranged import RangedPage
 from ckpt_formats.native.root import MAX_SIZE, Root, decode
+from ckpt_formats.native.row_checks import RowChecks
 from ckpt_formats.remote import Store, is_url, tidy
 from ckpt_formats.sources import ByteSource, DeviceSource, open_source, read_small
 
@@ -109,19 +108,38 @@ def open_native(
     folder = root_folder(path)
     root = read_root(folder)
     pages: dict[int, IndexRows] = {}
+    parts: dict[int, RangedPage] = {}
+    checks = RowChecks(root)
+
+    # these are called under the manifest's lock or for a page that is loaded already
 
     def load(number: int) -> IndexRows:
-        # called under the manifest's lock or for a page that is loaded already
         if number not in pages:
             pages[number] = load_page(folder, root, number, open_source)
         return pages[number]
 
-    def chunk_rows(number: int) -> ChunkRows:
-        rows = load(number)
-        return ChunkRows(rows.offset, rows.size, rows.digest, rows.block, rows.block_digest)
+    def load_part(number: int) -> RangedPage:
+        if number not in parts:
+            source = open_source(os.path.join(folder, root.pages[number].path))
+            require_size(source, root.pages[number].size)
+
+            def check(rows: IndexRows, meta: TensorMeta, first: int) -> None:
+                checks.check(rows, [meta], source.name, first)
+
+            parts[number] = RangedPage(source, root.pages[number], root.block_size, check)
+        return parts[number]
+
+    def chunk_rows(number: int, whole: bool) -> ChunkRows:
+        if whole or number in pages or root.pages[number].leaf != LEAF:
+            rows, fetch = load(number), None
+        else:
+            part = load_part(number)
+            rows, fetch = part.rows, part.fetch
+        return ChunkRows(rows.offset, rows.size, rows.digest, rows.block, rows.block_digest, fetch)
 
     def places(number: int) -> Sequence[Places]:
-        rows = load(number)
+        part = None if number in pages else parts.get(number)
+        rows = part.rows if part else load(number)
         return (Places(rows.file, rows.start, rows.length, rows.codec),)
 
     manifest = Manifest(
@@ -136,6 +154,7 @@ def open_native(
         provenance=root.provenance,
         block_size=root.block_size,
         page_count=len(root.pages),
+        of_page=root.of_page,
         load_page=chunk_rows,
     )
     where = NodeFolders(path, folder, root.layout)
@@ -226,59 +245,14 @@ def load_page(path: str, root: Root, number: int, open_source: Callable[[str], B
                 "their checksum: it is damaged; restore the file or use another checkpoint",
                 path=source.name,
             )
+    if page.leaf == LEAF:
+        _, end = leaves_of(page.size)
+        if b"".join(block_digests(view[:end], LEAF)) != view[end:]:
+            raise FormatError(
+                f"{source.name}: its leaf digests are wrong; the checkpoint was written wrongly", path=source.name
+            )
     rows = index.unpack(view, source.name)
-    _check_rows(rows, root, number, source.name)
+    if len(rows) != page.rows:
+        raise FormatError(f"{source.name}: has {len(rows)} rows, but the manifest says {page.rows}", path=source.name)
+    RowChecks(root).check(rows, root.of_page(number), source.name)
     return rows
-
-
-def _check_rows(rows: IndexRows, root: Root, number: int, what: str) -> None:
-    def fail(why: str, bad: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> None:
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
-            raise FormatError(f"{what}: row {row}: {why}; the checkpoint was written wrongly", path=what)
-
-    if len(rows) != root.pages[number].rows:
-        raise FormatError(f"{what}: has {len(rows)} rows, but the manifest says {root.pages[number].rows}", path=what)
-    if not len(rows):
-        return
-    fail("its file is not in the manifest", rows.file >= len(root.files))
-    fail("its codec is not in the manifest", rows.codec >= len(root.codecs))
-    sizes = np.array([file.size for file in root.files], dtype=np.int64)
-    headers = np.array([file.header for file in root.files], dtype=np.int64)
-    fail("it begins inside the header of its file", rows.start < headers[rows.file])
-    fail("it ends past the end of its file", rows.length > sizes[rows.file])
-    fail("it ends past the end of its file", rows.start > sizes[rows.file] - rows.length)
-
-    metas = [meta for meta in root.tensors.values() if meta.rows and meta.page == number]
-    counts = np.array([meta.rows for meta in metas], dtype=np.int64)
-    itemsize = np.repeat(np.array([meta.dtype.itemsize for meta in metas], dtype=np.int64), counts)
-    ndim = np.repeat(np.array([len(meta.shape) for meta in metas], dtype=np.int64), counts)
-    width = rows.size.shape[1]
-    fail("its tensor has more dimensions than the page", ndim > width)
-    beyond = np.arange(width)[None, :] >= ndim[:, None]
-    fail("its box has more dimensions than its tensor", (beyond & ((rows.size != 1) | (rows.offset != 0))).any(axis=1))
-    # products in floating point first: claims of 2**62 elements must not wrap around
-    fail("its box is larger than any file", np.prod(rows.size.astype(np.float64), axis=1) * itemsize >= 2.0**62)
-    nbytes = np.prod(rows.size, axis=1) * itemsize
-    raw = np.array([codec == RAW for codec in root.codecs], dtype=bool)[rows.codec]
-    fail("its length is not that of its box", raw & (rows.length != nbytes))
-    encoded = np.array([codec == EXPONENT_ZSTD for codec in root.codecs], dtype=bool)[rows.codec]
-    if encoded.any():
-        word = np.repeat(np.array([word_size(meta.dtype) for meta in metas], dtype=np.int64), counts)
-        fail(f"its dtype can't be stored with the codec {EXPONENT_ZSTD!r}", encoded & (word == 0))
-        least, most = stored_bounds(nbytes, np.maximum(word, 1), root.block_size)
-        fail("its length is not one that its box can have", encoded & ((rows.length < least) | (rows.length > most)))
-    order = np.lexsort((rows.start, rows.file))
-    follows = rows.file[order][1:] == rows.file[order][:-1]
-    shared = follows & (rows.start[order][1:] < (rows.start + rows.length)[order][:-1])
-    fail("its bytes are another chunk's too", np.isin(np.arange(len(rows)), order[1:][shared]))
-    blocks = np.where(nbytes > root.block_size, -(-nbytes // root.block_size), 0)
-    fail("its block digests are not in the index", (blocks > 0) != (rows.block >= 0))
-    fail("its block digests are not in the index", rows.block > len(rows.block_digest) - blocks)
-    if int(blocks.sum()) > len(rows.block_digest):
-        # also keeps the work below in proportion to the size of the page
-        raise FormatError(f"{what}: chunks share block digests; the checkpoint was written wrongly", path=what)
-    for row in np.flatnonzero(blocks):
-        first = int(rows.block[row])
-        if digest(rows.block_digest[first : first + int(blocks[row])].tobytes()) != rows.digest[row].tobytes():
-            raise FormatError(f"{what}: row {row}: its digest is not that of its blocks", path=what)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 from ckpt_formats.dtypes import DType
 from ckpt_formats.dtypes import dtype as dtype_named
 from ckpt_formats.errors import CorruptionError, FormatError, StateError, UnknownDtypeError, UnknownVersionError
+from ckpt_formats.grid import Runs, is_grid
 from ckpt_formats.json_text import parse_json, to_json
 from ckpt_formats.manifest import TensorMeta
 from ckpt_formats.native import names
@@ -47,6 +48,8 @@ class PageFile(NamedTuple):
     size: int
     rows: int
     digests: list[str]
+    leaf: int = 0
+    """Bytes of the page per leaf digest, if it ends with those."""
 
 
 @dataclass(slots=True)
@@ -65,15 +68,27 @@ class Root:
     entries: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    _of_page: list[list[TensorMeta]] = field(default_factory=list, repr=False)
+
+    def of_page(self, number: int) -> Sequence[TensorMeta]:
+        """The tensors whose chunks are the rows of a page, in their order."""
+        if not self._of_page:
+            self._of_page = [[] for _ in self.pages]
+            for meta in self.tensors.values():
+                if meta.rows:
+                    self._of_page[meta.page].append(meta)
+        return self._of_page[number]
 
 
 def encode(root: Root) -> bytes:
     """The bytes of manifest.json. Raises StateError if they are more than a reader takes."""
     tensors: dict[str, dict[str, object]] = {}
-    for name, dtype, shape, page, row, rows, cut in root.tensors.values():
+    for name, dtype, shape, page, row, rows, cut, grid in root.tensors.values():
         item: dict[str, object] = {"dtype": dtype.name, "shape": shape, "page": page, "row": row, "rows": rows}
         if cut is not None:
             item["cut"] = cut
+        if grid is not None:
+            item["grid"] = grid
         tensors[name] = item
     body = to_json(
         {
@@ -87,7 +102,7 @@ def encode(root: Root) -> bytes:
             "layout": root.layout,
             "entries": root.entries,
             "files": [file._asdict() for file in root.files],
-            "pages": [page._asdict() for page in root.pages],
+            "pages": [_page_item(page) for page in root.pages],
             "aliases": root.aliases,
             "values": root.values,
             "tensors": tensors,
@@ -99,6 +114,13 @@ def encode(root: Root) -> bytes:
             "keep large plain values as tensors or numpy arrays, which are stored apart"
         )
     return seal(body)
+
+
+def _page_item(page: PageFile) -> dict[str, object]:
+    item = page._asdict()
+    if not page.leaf:
+        del item["leaf"]
+    return item
 
 
 def decode(data: bytes, path: str) -> Root:
@@ -211,7 +233,7 @@ class _Checker:
         what = f'"pages"[{position}]'
         if not isinstance(item, dict):
             self.fail(f"{what} is not an object")
-        path, size, rows, digests = (item.get(name) for name in PageFile._fields)
+        path, size, rows, digests, leaf = (item.get(name) for name in PageFile._fields)
         if not names.is_safe(path, names.INDEX):
             self.fail(f'{what} has the path {brief(path)}, which is not a plain name below "{names.INDEX}/"')
         if not is_index(size) or not is_index(rows):
@@ -222,7 +244,9 @@ class _Checker:
             or not all(isinstance(digest, str) and _HEX_DIGEST.fullmatch(digest) for digest in digests)
         ):
             self.fail(f"{what} ({path}) does not have one digest per block")
-        return PageFile(path, size, rows, digests)
+        if leaf is not None and not (is_index(leaf) and leaf > 0):
+            self.fail(f"{what} ({path}) has leaves of an impossible size")
+        return PageFile(path, size, rows, digests, leaf or 0)
 
     def cuts(self, layout: Mapping[str, Any]) -> list[Any]:
         meshes, cuts = layout.get("meshes", []), layout.get("cuts", [])
@@ -239,6 +263,11 @@ class _Checker:
             raise UnknownDtypeError(
                 f"{self.path}: tensor {brief(tensor)}: {error}", path=self.path, tensor=tensor
             ) from None
+
+    def grid(self, tensor: str, item: Any, shape: Sequence[int], rows: int) -> Runs:
+        if not is_grid(item, shape, rows):
+            self.fail(f"tensor {brief(tensor)} has a grid that does not fit its shape and its rows")
+        return tuple(tuple((size, count) for size, count in runs) for runs in item)
 
     def tensors(self, tree: dict[str, Any], pages: Sequence[PageFile], cut_count: int) -> dict[str, TensorMeta]:
         tensors: dict[str, TensorMeta] = {}
@@ -276,7 +305,8 @@ class _Checker:
                 known[dtype.name] = dtype
             if not _is_possible(shape, dtype.itemsize):
                 self.fail(f"tensor {brief(name)} has an impossible shape")
-            tensors[name] = TensorMeta(name, dtype, tuple(shape), page, row, rows, cut)
+            runs = self.grid(name, item["grid"], shape, rows) if "grid" in item else None
+            tensors[name] = TensorMeta(name, dtype, tuple(shape), page, row, rows, cut, runs)
         if any(page.rows for page in pages[at_page + 1 :]) or (page_count and at_row != pages[at_page].rows):
             self.fail("the index has rows that belong to no tensor")
         return tensors

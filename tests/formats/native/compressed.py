@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt.saving.commit import Contents, Part, commit
+from ckpt.saving.commit import Contents, FileNames, Part, commit
 from ckpt.saving.sources import BytesSource
 from ckpt.storage.data_file import Chunk, Staging, write_data_file
 from ckpt.storage.files import Files
@@ -57,5 +57,5 @@ def write(
         layout={"world_size": 1, "meshes": [], "cuts": []},
         provenance={"writer": "tests"},
     )
-    commit(files, place, ATTEMPT, contents, [Part([written], [[chunk.name for chunk in chunks]])])
+    commit(files, place, ATTEMPT, contents, [Part([written], [FileNames.of([chunk.name for chunk in chunks])])])
     return folder

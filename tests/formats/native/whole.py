@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt.saving.commit import Contents, Part, commit
+from ckpt.saving.commit import Contents, FileNames, Part, commit
 from ckpt.saving.sources import BytesSource
 from ckpt.storage.data_file import Chunk, Staging, write_data_file
 from ckpt.storage.files import Files
@@ -84,7 +84,7 @@ def write_whole(folder: Path, big_rows: int = 701) -> dict[str, AnyArray]:
     for writer, some in enumerate(chunks):
         path = f"data/{writer:05d}-{ATTEMPT}.safetensors"
         written = write_data_file(files, str(folder), path, some, staging)
-        parts.append(Part([written], [[chunk.name for chunk in some]]))
+        parts.append(Part([written], [FileNames.of([chunk.name for chunk in some])]))
     described = {name: (of, array.shape, 0) for name, (of, array, _) in known.items()}
     for name, data in [*own.items(), (BLOB, PAYLOAD)]:
         described[name] = ("uint8", (len(data),), 0)

@@ -8,6 +8,7 @@ nothing is an error too. Knows names, shapes and a mesh, not what a rank's memor
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -361,6 +362,8 @@ class _Finder:
         heads = {shape[:lead] for shape in shapes}
         if len(heads) > 1:
             raise self.error(rule, first, "what it joins differs in the dimensions that are unstacked")
+        if math.prod(next(iter(heads))) > _MOST:
+            raise self.error(rule, first, f"it would be unstacked into more than {_MOST} tensors")
         inner = tuple(shape[lead:] for shape in shapes)
         stacks = tuple(
             self._stack(rule, capture, position, sources, first) for position, capture in enumerate(rule.stacked)
@@ -490,3 +493,4 @@ class _Finder:
 
 
 _REPLICATED = Rule()
+_MOST = 1 << 20

@@ -6,7 +6,7 @@ stand becomes a tuple, and what can't be is a LayoutError that says where. Knows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
@@ -29,6 +29,9 @@ from ckpt_formats.layout.words import (
 
 __all__ = ["Cut", "Flat", "Pad", "Part", "Rule", "Split", "Spread"]
 
+_MOST = 1 << 20
+"""Layers, experts and the like that there can be."""
+
 _numbers = several(number(0), "a list of integers", 1)
 _widths = several(number(1), "a list of widths", 1)
 _lists = several(several(number(0), "a list of integers"), "a list of lists of integers", 1)
@@ -44,7 +47,7 @@ class Part(Word):
     """Elements of the dimension that it has in the whole tensor."""
     pieces: int | None = None
     """How many pieces it is cut in, when these are fewer than ranks: then neighbours hold the same piece."""
-    sizes: tuple[int, ...] | None = None
+    sizes: Sequence[int] | None = None
     """How much of it each rank gets, when that is not as even as can be."""
 
     WORD: ClassVar[str] = "a part"
@@ -81,9 +84,9 @@ class Cut(Word):
     unless something else is said.
     """
 
-    axis: tuple[str, ...] | str
+    axis: Sequence[str] | str
     dim: int
-    parts: tuple[Part, ...] | tuple[int, ...] | int | Literal["joined"] | None = None
+    parts: Sequence[Part | int | Mapping[str, Any]] | int | Literal["joined"] | None = None
     """The dimension is made of parts of these widths, each of which is cut, and a rank holds its share of every part,
     one after the other. A number: so many equal parts. "joined": the parts are the tensors that the rule joins."""
     groups: int | None = None
@@ -91,9 +94,9 @@ class Cut(Word):
     piece of every part, then of the second, as Megatron holds query, key and value."""
     unit: int = 1
     """Ranks get whole multiples of this, such as the width of a head."""
-    sizes: tuple[int, ...] | None = None
+    sizes: Sequence[int] | None = None
     """How much each rank gets, when that is not as even as can be."""
-    lists: tuple[tuple[int, ...], ...] | None = None
+    lists: Sequence[Sequence[int]] | None = None
     """For each rank the indices that it holds, in its order, such as experts of a stacked tensor."""
     even: bool = False
     """Refuse what does not cut evenly, as Megatron does."""
@@ -158,7 +161,7 @@ class Split(Word):
     """A tensor is several on the ranks: parts of these widths of a dimension, before anything is cut."""
 
     dim: int
-    widths: tuple[int, ...]
+    widths: Sequence[int]
 
     WORD: ClassVar[str] = "a split"
     CHECKS: ClassVar[Mapping[str, Check]] = {"dim": number(0), "widths": _widths}
@@ -169,7 +172,7 @@ class Spread(Word):
     """How the numbers in names (of layers, of experts) are spread over an axis: pipeline stages, expert parallelism."""
 
     axis: str
-    lists: tuple[tuple[int, ...], ...] | None = None
+    lists: Sequence[Sequence[int]] | None = None
     """For each stage its numbers, in the order in which it counts them itself from 0 on."""
     count: int | None = None
     """Or how many there are, from 0 on, the same number for each stage, in order."""
@@ -182,7 +185,7 @@ class Spread(Word):
     CHECKS: ClassVar[Mapping[str, Check]] = {
         "axis": text,
         "lists": _lists,
-        "count": number(1),
+        "count": number(1, _MOST),
         "chunks": number(1),
         "order": among("loop", "v"),
     }
@@ -205,11 +208,11 @@ class Flat(Word):
     Each rank gets an equal stretch of each buffer, which is padded at its end for that.
     """
 
-    axis: tuple[str, ...] | str
+    axis: Sequence[str] | str
     name: str
     """The name of the buffer, and of the stretch of it on a rank. Tensors for which different names come out lie in
     different buffers. Besides captures, {name} is a tensor's own local name and {bucket} counts buckets."""
-    order: tuple[str, ...] | Literal["given", "reverse", "name"] = "given"
+    order: Sequence[str] | Literal["given", "reverse", "name"] = "given"
     """In which order tensors lie there: as the checkpoint lists them, the other way round, by local name; or a list of
     patterns of local names, each matching one or more tensors (these then by name), together all."""
     align: int = 1
@@ -282,26 +285,26 @@ class Rule(Word):
     """How the tensors that match a pattern lie on the ranks. What it does not mention an axis for is replicated over
     it."""
 
-    match: tuple[str, ...] | str = ()
+    match: Sequence[str] | str = ()
     """Patterns of global names (ckpt_formats.layout.patterns)."""
-    unless: tuple[str, ...] | str = ()
+    unless: Sequence[str] | str = ()
     """Patterns of names that it leaves to other rules."""
-    local: tuple[str, ...] | str | None = None
+    local: Sequence[str] | str | None = None
     """What the tensor is called on a rank, if not by its global name: a template. Of a capture that is spread,
     {layer} is the rank's own count, {layer.number} the global number, {layer.chunk} which of the rank's stages it
     is."""
-    on: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    on: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """Axis -> where on it the tensor is at all; negative numbers count from the end. Several places hold the same."""
     join: int | None = None
     """The patterns of `match` name one tensor each, and ranks hold these joined along this dimension."""
     split: Split | None = None
     """Ranks hold the tensor as several, with a name in `local` for each."""
-    stack: tuple[str, ...] | str = ()
+    stack: Sequence[str] | str = ()
     """Captures that are leading dimensions on the ranks: a tensor per layer here, a tensor of layers there."""
-    unstack: tuple[str, ...] | str = ()
+    unstack: Sequence[str] | str = ()
     """The other way round: leading dimensions that are numbers on the ranks."""
-    pad: tuple[Pad, ...] | Pad = ()
-    cut: tuple[Cut, ...] | Cut = ()
+    pad: Sequence[Pad] | Pad = ()
+    cut: Sequence[Cut] | Cut = ()
     """One after the other: a later one cuts what the former ones have left to a rank."""
     flat: str | None = None
     """The flat buffer into which goes what the cuts have left."""

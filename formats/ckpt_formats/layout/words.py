@@ -35,10 +35,11 @@ class UnfitError(Exception):
     """A field can't have this value."""
 
 
-def number(least: int) -> Check:
+def number(least: int, most: int = 2**63 - 1) -> Check:
     def check(value: Any) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-            raise UnfitError(f"an integer of at least {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            limit = f" and at most {most}" if most < 2**63 - 1 else ""
+            raise UnfitError(f"an integer of at least {least}{limit}")
         return value
 
     return check

@@ -411,7 +411,7 @@ def arrays_of(chosen: Sequence[Family]) -> dict[str, Array]:
 
 def case_of(random: Random, chosen: Sequence[Family], arrays: dict[str, Array]) -> Case:
     """The families under a random layout on a random mesh."""
-    names = random.sample(["dp", "pp", "ep", "tp"], 4)
+    names = random.sample(["dp", "cp", "pp", "ep", "tp"], 5)
     while True:
         sizes = {name: random.choice([1, 1, 2, 2, 3, 4]) for name in names}
         if math.prod(sizes.values()) <= 8:
@@ -456,7 +456,7 @@ def case_of(random: Random, chosen: Sequence[Family], arrays: dict[str, Array]) 
         for flat, item in late:
             flattened[flat].append(item)
         for name, flat in flats.items():
-            held |= flat_share(flat, flattened[name], *reversed(at["dp"]))
+            held |= flat_share(flat, flattened[name], *place(at, flat.axes))
         ranks.append({name: np.ascontiguousarray(array).reshape(array.shape) for name, array in held.items()})
     return Case(layout, mesh, ranks)
 
@@ -465,7 +465,7 @@ def flat_of(random: Random, name: str) -> Flat:
     bucket = random.choice([None, None, random.randint(1, 40)])
     ragged = random.random() < 0.3
     return Flat(
-        axis="dp",
+        axis=random.choice(["dp", ("dp", "cp"), ("cp", "dp")]),
         name=name + ("{bucket}" if bucket else ""),
         order=random.choice(["given", "reverse", "name"]),
         align=random.choice([1, 1, 4, 7]),

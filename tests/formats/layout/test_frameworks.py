@@ -18,7 +18,7 @@ from ckpt_formats.layout.words import from_tree
 
 Array = NDArray[np.int64]
 PAGE = (Path(__file__).parents[3] / "docs/layout.md").read_text()
-MEGATRON, ZERO = (text for text in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "[[rule]]" in text)
+MEGATRON, FSDP2, ZERO = (text for text in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "[[rule]]" in text)
 
 
 def numbered(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
@@ -139,7 +139,19 @@ def test_fewer_heads_of_keys_than_ranks_are_shared_by_neighbours() -> None:
     assert homes == [(0,), (0,), (2,), (2,)]
 
 
-# --- ZeRO and FSDP1
+# --- FSDP2, ZeRO and FSDP1
+
+
+def test_fsdp2_over_tensor_parallelism_is_what_the_short_form_says() -> None:
+    shapes = {"model.layers.0.wo.weight": (7, 8), "model.layers.0.wq.weight": (101, 2), "norm": (5,)}
+    mesh = Mesh.parse("dp=2,tp=2")
+    rules = Layout.parse(FSDP2).resolve(mesh, shapes)
+    short = Layout({"tp": {"*.wo.weight": 1, "*.wq.weight": 0}}).resolve(mesh, shapes)
+    for rank in range(4):
+        assert rules.local(rank) == short.local(rank)
+    # as torch cuts 101 rows on 2x2: crossed
+    rows = [box for rank in range(4) for box in rules.boxes("model.layers.0.wq.weight", rank)]
+    assert [(box.offsets[0], box.stops[0]) for box in rows] == [(0, 26), (51, 76), (26, 51), (76, 101)]
 
 
 def test_zero_1_flat_over_data_parallel_ranks_of_tensor_parallel_slices() -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ckpt_formats.errors import LayoutError
 from ckpt_formats.geometry import Box, check_cover
-from ckpt_formats.layout import Cut, Flat, Layout, Mesh, Pad, Part, Piece, Rule, Split, Spread
+from ckpt_formats.layout import Cut, Flat, Layout, Mesh, Pad, Part, Piece, Resolved, Rule, Split, Spread
+from ckpt_formats.layout.matching import Found, Logical
 from ckpt_formats.layout.patterns import Pattern
 
 MESH = Mesh.parse("dp=2,tp=2,pp=2")
@@ -140,6 +141,7 @@ SPREAD = '[spread.layer]\naxis = "pp"\n'
             "it uses the axis 'tp' twice",
         ),
         (rule('match = "*"\ncut = {axis = "pp", dim = 0}\non = {pp = [0]}'), "it uses the axis 'pp' twice"),
+        (SPREAD + "count = 9999999\n", "count = 9999999 has to be an integer of at least 1 and at most 1048576"),
         (SPREAD, "say either the lists of numbers, or their count"),
         (SPREAD + "lists = [[0], [1, 0]]\n", "the number 0 is in the lists 0 and 1: an overlap"),
         (rule('match = "*"\nflat = "zero"'), "there is no [flat.zero]"),
@@ -292,6 +294,39 @@ def test_stacks_with_a_missing_combination_have_a_hole() -> None:
     shapes = {"0.0": (2,), "0.1": (2,), "1.0": (2,)}
     message = refused(rule('match = "{layer}.{expert}"\nstack = ["layer", "expert"]\nlocal = "all"', ""), shapes)
     assert "there is no tensor of layer 1, expert 1 to stack: a hole" in message
+
+
+def test_what_leaves_holes_or_overlaps_is_refused_by_its_geometry_alone() -> None:
+    """Whatever the rules' own checks let through: here, what they say is replaced by something else."""
+    rule = Rule(match="w", split=Split(dim=0, widths=[3, 3]), local=["a", "b"])
+
+    def check(*windows: tuple[int, int]) -> None:
+        found = Found(rules={"w": rule})
+        for number, window in enumerate(windows):
+            found.logicals.append(
+                Logical(
+                    rule=rule,
+                    by=rule,
+                    local=str(number),
+                    captures={},
+                    sources={(): ("w",)},
+                    shapes=((6, 2),),
+                    window=window,
+                )
+            )
+        Resolved(MESH, {"w": (6, 2)}, found, {}, {}, "cut.toml").check()
+
+    check((0, 3), (3, 6))
+    with pytest.raises(LayoutError, match=r"rule .*'w': no box covers \[3:4,0:2\]") as caught:
+        check((0, 3), (4, 6))
+    assert caught.value.tensor == "w"
+    with pytest.raises(LayoutError, match=r"rule .*'w': boxes .* overlap in \[2:3,0:2\]"):
+        check((0, 3), (2, 6))
+
+
+def test_a_dimension_that_is_no_number_of_layers_is_not_unstacked() -> None:
+    message = refused(rule('match = "w"\nunstack = "layer"\nlocal = "{layer}"'), {"w": (1 << 40, 2)})
+    assert "it would be unstacked into more than 1048576 tensors" in message
 
 
 # --- patterns

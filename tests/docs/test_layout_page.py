@@ -30,5 +30,5 @@ def test_what_universal_checkpointing_says_is_said_by_rules() -> None:
     rules = [
         from_tree(Rule, tomllib.loads(f"rule = {{{text}}}")["rule"]) for text in re.findall(r"`(match = .*?)`", table)
     ]
-    assert len(rules) == 13
+    assert len(rules) == 14
     assert all(rule.patterns for rule in rules)

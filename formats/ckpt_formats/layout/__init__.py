@@ -9,13 +9,15 @@ from ckpt_formats.layout.layout import Layout
 from ckpt_formats.layout.mesh import Mesh, Where
 from ckpt_formats.layout.replicas import assemble
 from ckpt_formats.layout.resolved import Holder, LocalTensor, Piece, Resolved
-from ckpt_formats.layout.rules import Cut, Flat, Pad, Part, Rule, Split, Spread
+from ckpt_formats.layout.rules import Boxes, Cut, Flat, Held, Pad, Part, Rule, Split, Spread
 from ckpt_formats.layout.short import Cuts, boxes, cut_words
 
 __all__ = [
+    "Boxes",
     "Cut",
     "Cuts",
     "Flat",
+    "Held",
     "Holder",
     "Layout",
     "LocalTensor",

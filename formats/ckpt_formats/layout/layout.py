@@ -180,8 +180,7 @@ class Layout:
                 raise LayoutError(f"{self.where}: {said} speaks of the axis {axis!r}, which the mesh {mesh} has not")
 
         for rule in (*self.rules, *([self.otherwise] if self.otherwise is not None else [])):
-            axes = [axis for cut in rule.cuts for axis in cut.axes]
-            for axis in (*axes, *rule.on, *(pad.per for pad in rule.pads if pad.per is not None)):
+            for axis in (*rule.cut_axes, *rule.on, *(pad.per for pad in rule.pads if pad.per is not None)):
                 require(axis, rule)
         for name, spread in self.spread.items():
             require(spread.axis, f"[spread.{name}] {toml_of(spread)}")

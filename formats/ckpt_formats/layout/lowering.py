@@ -13,7 +13,7 @@ from operator import add
 from typing import NamedTuple, cast
 
 from ckpt_formats.geometry import Box, Interval, Shape, chunk_interval, flat_boxes
-from ckpt_formats.layout.rules import Cut, Pad, Part, Rule
+from ckpt_formats.layout.rules import Boxes, Cut, Held, Pad, Part, Rule
 
 __all__ = ["Core", "MisfitError", "Placed", "lower", "strides_of", "within"]
 
@@ -60,11 +60,14 @@ def lower(rule: Rule, shapes: Sequence[Shape], window: Interval | None, ranks: S
         rule: what is done.
         shapes: of the tensors that are joined, usually one.
         window: the part of the dimension that a split gives to this tensor, if it splits.
-        ranks: for each cut how many ranks it cuts for, and which of them this is; for each padding before those the
-            factor of its multiple, as (factor, 0).
+        ranks: for each cut, or for the boxes, how many ranks there are, and which of them this is; for each padding
+            before those the factor of its multiple, as (factor, 0).
 
     MisfitError says why it can't be applied.
     """
+    if rule.boxes is not None:
+        ((count, index),) = ranks
+        return _held(rule.boxes, shapes[0], count, index)
     dims = _joined(rule, shapes, window)
     widths = [shape[rule.join] for shape in shapes] if rule.join is not None else None
     pads = rule.pads
@@ -96,6 +99,28 @@ def lower(rule: Rule, shapes: Sequence[Shape], window: Interval | None, ranks: S
         for picked in itertools.product(*rows)
     ]
     return Core(tuple(map(_length, dims)), placed)
+
+
+def _held(boxes: Boxes, shape: Shape, ranks: int, index: int) -> Core:
+    if len(boxes.held) != ranks:
+        raise MisfitError(f"it has boxes for {len(boxes.held)} ranks, and there are {ranks}")
+    placed: list[Placed] = []
+    for held in cast("Sequence[Held]", boxes.held[index]):
+        box = Box.parse(held.box)
+        if box.ndim != len(shape) or not Box.whole(shape).contains(box):
+            raise MisfitError(f"the box {box} leaves its shape")
+        if box.numel:
+            placed.append(Placed(0, box.offsets, box.sizes, tuple(held.at or (0,) * box.ndim), False))
+    stops = [tuple(map(add, each.at, each.sizes)) for each in placed] or [(0,) * len(shape)]
+    local = tuple(boxes.shapes[index]) if boxes.shapes is not None else tuple(map(max, zip(*stops, strict=True)))
+    homes = [Box(each.at, each.sizes) for each in placed]
+    for number, home in enumerate(homes):
+        if len(local) != home.ndim or not Box.whole(local).contains(home):
+            raise MisfitError(f"at {home} a box leaves the shape {list(local)} of the tensor of rank {index}")
+        for other in homes[:number]:
+            if home.intersect(other) is not None:
+                raise MisfitError(f"boxes overlap in the tensor of rank {index}: {other} and {home}")
+    return Core(local, placed)
 
 
 def _joined(rule: Rule, shapes: Sequence[Shape], window: Interval | None) -> list[list[Segment]]:

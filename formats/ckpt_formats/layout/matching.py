@@ -446,7 +446,7 @@ class _Finder:
         hidden = rule.stacked
         fields = {key: value for key, value in captures.items() if not key.startswith("__") and key not in hidden}
         fields["name"] = fields.get("name", name)
-        taken = {self._mesh.names.index(axis) for cut in rule.cuts for axis in cut.axes}
+        taken = {self._mesh.names.index(axis) for axis in rule.cut_axes}
         stacked = [self._numbers[capture].axis for capture in rule.stacked if capture in self._numbers]
         for capture, text in captures.items():
             numbers = self._numbers.get(capture)

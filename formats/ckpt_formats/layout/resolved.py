@@ -236,7 +236,9 @@ class Resolved:
         flat = logical.by.flat
         if flat is not None and axis in self._flat_axes[flat]:
             return "flat"
-        if axis in self._relevant(logical) and not any(mine in cut.axes for cut in rule.cuts):
+        if rule.boxes is not None and mine in rule.boxes.axes:
+            return "boxes"
+        if axis in self._relevant(logical) and mine not in rule.cut_axes:
             return "placed"
         others = rule.pads or rule.join is not None or rule.split or rule.stack or rule.unstack
         for number, cut in enumerate(rule.cuts):
@@ -328,7 +330,7 @@ class Resolved:
         axes = self._axes.get(id(logical))
         if axes is None:
             axes = dict(logical.at)
-            over = [axis for cut in logical.rule.cuts for axis in self._positions(cut.axes)]
+            over = list(self._positions(logical.rule.cut_axes))
             over += [stack.axis for stack in logical.stacks if stack.axis is not None]
             for axis in over:
                 axes[axis] = tuple(range(self.mesh.shape[axis]))
@@ -368,9 +370,9 @@ class Resolved:
         for pad in rule.pads:
             factor = self.mesh.shape[self.mesh.names.index(pad.per)] if pad.per is not None else 1
             ranks.append((factor, 0))
-        for cut in rule.cuts:
+        for over in [cut.axes for cut in rule.cuts] if rule.boxes is None else [rule.boxes.axes]:
             count, index = 1, 0
-            for axis in self._positions(cut.axes):
+            for axis in self._positions(over):
                 size = self.mesh.shape[axis]
                 count, index = count * size, index * size + coordinate[axis]
             ranks.append((count, index))

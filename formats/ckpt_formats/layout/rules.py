@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
+from ckpt_formats.errors import FormatError
+from ckpt_formats.geometry import Box
 from ckpt_formats.layout.patterns import Pattern, fields_of
 from ckpt_formats.layout.words import (
     Check,
@@ -27,7 +29,7 @@ from ckpt_formats.layout.words import (
     toml_of,
 )
 
-__all__ = ["Cut", "Flat", "Pad", "Part", "Rule", "Split", "Spread"]
+__all__ = ["Boxes", "Cut", "Flat", "Held", "Pad", "Part", "Rule", "Split", "Spread"]
 
 _MOST = 1 << 20
 """Layers, experts and the like that there can be."""
@@ -168,6 +170,59 @@ class Split(Word):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held(Word):
+    """A box that a rank holds, written as `[0:4,8:16]`."""
+
+    box: str
+    at: Sequence[int] | None = None
+    """Where its lowest corner lies in the rank's tensor; the corner of that if nothing is said."""
+
+    WORD: ClassVar[str] = "a box"
+    CHECKS: ClassVar[Mapping[str, Check]] = {"box": text, "at": several(number(0), "a list of integers")}
+
+    def tree(self) -> Any:
+        return self.box if self.at is None else to_tree(self)
+
+    def check(self) -> None:
+        try:
+            parsed = Box.parse(self.box)
+        except FormatError as error:
+            raise self.refuse(error.message) from None
+        if self.at is not None and len(self.at) != parsed.ndim:
+            raise self.refuse(f"at has {len(self.at)} dimensions, and the box {parsed.ndim}")
+
+
+def _held(value: Any) -> Held:
+    return Held(box=value) if isinstance(value, str) else cast("Held", made(Held)(value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boxes(Word):
+    """What each rank of an axis, or of a group of axes, holds, box by box: for what no cut says."""
+
+    axis: Sequence[str] | str
+    held: Sequence[Sequence[Held | str | Mapping[str, Any]]]
+    """For each rank its boxes."""
+    shapes: Sequence[Sequence[int]] | None = None
+    """For each rank the shape of its tensor; the smallest in which its boxes lie if nothing is said."""
+
+    WORD: ClassVar[str] = "boxes"
+    CHECKS: ClassVar[Mapping[str, Check]] = {
+        "axis": _texts,
+        "held": several(several(_held, "a list of boxes"), "a list of boxes for each rank", 1),
+        "shapes": _lists,
+    }
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return cast("tuple[str, ...]", self.axis)
+
+    def check(self) -> None:
+        if self.shapes is not None and len(self.shapes) != len(self.held):
+            raise self.refuse(f"it has {len(self.shapes)} shapes and boxes for {len(self.held)} ranks")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Spread(Word):
     """How the numbers in names (of layers, of experts) are spread over an axis: pipeline stages, expert parallelism."""
 
@@ -273,6 +328,7 @@ _HOW: Mapping[str, Check] = {
     "unstack": _any_texts,
     "pad": one_or_several(made(Pad), Pad, "a table of dim and to or multiple, or a list of them", 0),
     "cut": one_or_several(made(Cut), Cut, "a table of axis and dim, or a list of them", 0),
+    "boxes": made(Boxes),
     "flat": text,
     "tied": text,
     "like": text,
@@ -306,6 +362,8 @@ class Rule(Word):
     pad: Sequence[Pad] | Pad = ()
     cut: Sequence[Cut] | Cut = ()
     """One after the other: a later one cuts what the former ones have left to a rank."""
+    boxes: Boxes | None = None
+    """What ranks hold, box by box, instead of cuts."""
     flat: str | None = None
     """The flat buffer into which goes what the cuts have left."""
     tied: str | None = None
@@ -346,6 +404,12 @@ class Rule(Word):
     def cuts(self) -> tuple[Cut, ...]:
         return cast("tuple[Cut, ...]", self.cut)
 
+    @property
+    def cut_axes(self) -> list[str]:
+        """The axes that it cuts over."""
+        axes = [axis for cut in self.cuts for axis in cut.axes]
+        return axes + list(self.boxes.axes) if self.boxes is not None else axes
+
     def __str__(self) -> str:
         return f"rule {toml_of(self)}" if self.match else f"[otherwise] {toml_of(self)}"
 
@@ -358,7 +422,7 @@ class Rule(Word):
             raise self.refuse("what it makes of tensors needs a name on the ranks; say it as local")
         if self.join is not None and len(self.patterns) < 2:
             raise self.refuse("join needs a pattern for each tensor that it joins")
-        if self.like is not None and (renamed or self.on or self.pad or self.cut or self.tied):
+        if self.like is not None and (renamed or self.on or self.pad or self.cut or self.boxes or self.tied):
             raise self.refuse("a tensor that lies as another one is cut as that one; say only local, flat and replicas")
         if self.join is None and any(cut.parts == "joined" for cut in self.cuts):
             raise self.refuse('parts = "joined" speaks of tensors that a rule joins; say join too')
@@ -367,7 +431,9 @@ class Rule(Word):
         for cut in self.cuts:
             if len(set(cut.axes)) < len(cut.axes):
                 raise self.refuse(f"{toml_of(cut)} names an axis twice")
-        over = [axis for cut in self.cuts for axis in cut.axes]
+        if self.boxes is not None and (self.cut or self.pad or self.join is not None or self.split is not None):
+            raise self.refuse("boxes say all of what ranks hold; leave out cut, pad, join and split")
+        over = self.cut_axes
         for axis in over:
             if over.count(axis) > 1 or axis in self.on:
                 raise self.refuse(f"it uses the axis {axis!r} twice")

@@ -139,6 +139,31 @@ def test_fewer_heads_of_keys_than_ranks_are_shared_by_neighbours() -> None:
     assert homes == [(0,), (0,), (2,), (2,)]
 
 
+def test_boxes_that_no_cut_says_are_said_one_by_one() -> None:
+    text = """
+    [flat.f]
+    axis = "dp"
+    name = "flat"
+    [[rule]]
+    match = "qkv"
+    flat = "f"
+    [rule.boxes]
+    axis = "tp"
+    held = [["[0:3,0:2]", {box = "[5:6,0:2]", at = [3, 0]}], [{box = "[3:5,0:2]", at = [1, 0]}]]
+    shapes = [[4, 2], [3, 2]]
+    """
+    layout = Layout.parse(text)
+    assert Layout.parse(layout.to_toml()) == layout
+    arrays = numbered({"qkv": (6, 2)})
+    resolved = layout.resolve(Mesh.parse("dp=2,tp=2"), {"qkv": (6, 2)})
+    rows = arrays["qkv"]
+    for rank in range(4):
+        dp, tp = divmod(rank, 2)
+        whole = [rows[[0, 1, 2, 5]], np.vstack([[[0, 0]], rows[3:5]])][tp].reshape(-1)
+        same(held_by(resolved, arrays, rank), {"flat": np.split(whole, 2)[dp]})
+    assert resolved.cut("qkv") == "flat@dp boxes@tp"
+
+
 # --- FSDP2, ZeRO and FSDP1
 
 

@@ -90,7 +90,7 @@ SPREAD = '[spread.layer]\naxis = "pp"\n'
     ("toml", "says"),
     [
         # words
-        ('[[rule]]\nmatch = "*"\ncuts = 1', "rule can't say 'cuts'; it can say cut, flat"),
+        ('[[rule]]\nmatch = "*"\ncuts = 1', "rule can't say 'cuts'; it can say boxes, cut, flat"),
         ("[[rule]]\nmatch = 3", "rule: match = 3 has to be a text or a list of texts"),
         ("[rule]", "'rule' has to be tables, each headed [[rule]]"),
         ("[spread]\naxis = 1", "'spread' has to be tables with a name each, headed as [spread.name]"),
@@ -149,7 +149,38 @@ SPREAD = '[spread.layer]\naxis = "pp"\n'
         ('[flat.f]\naxis = "dp"\nname = "f{bucket}"\n', "a bucket's size and {bucket} in the name belong together"),
         ('[flat.f]\naxis = "dp"\nname = "f{"\n', "has a brace that is no field"),
         ('[flat.f]\naxis = "dp"\nname = "f"\nragged = true\nshare_multiple = 2\n', "multiples mean nothing"),
+        (rule('match = "*"\nboxes = {axis = "tp", held = [["0:1"]]}'), "'0:1' is not a box"),
+        (
+            rule('match = "*"\nboxes = {axis = "tp", held = [[{box = "[0:1]", at = [0, 0]}]]}'),
+            "at has 2 dimensions, and the box 1",
+        ),
+        (
+            rule('match = "*"\nboxes = {axis = "tp", held = [["[0:1]"]], shapes = [[1], [1]]}'),
+            "2 shapes and boxes for 1 ranks",
+        ),
+        (
+            rule('match = "*"\nboxes = {axis = "tp", held = [["[0:1]"]]}\ncut = {axis = "dp", dim = 0}'),
+            "leave out cut, pad",
+        ),
         # on this mesh
+        (rule(LAYERS + 'boxes = {axis = "tp", held = [["[0:6,0:4]"]]}'), "it has boxes for 1 ranks, and there are 2"),
+        (
+            rule(LAYERS + 'boxes = {axis = "tp", held = [["[0:6,0:4]"], ["[6:7,0:4]"]]}'),
+            "the box [6:7,0:4] leaves its shape",
+        ),
+        (
+            rule(LAYERS + 'boxes = {axis = "tp", held = [["[0:3,0:4]"], ["[4:6,0:4]"]]}'),
+            "the tensor 'layers.0.w': no box covers [3:4,0:4]",
+        ),
+        (rule(LAYERS + 'boxes = {axis = "tp", held = [["[0:4,0:4]"], ["[3:6,0:4]"]]}'), "overlap in [3:4,0:4]"),
+        (
+            rule(LAYERS + 'boxes = {axis = "tp", held = [["[0:3,0:4]", "[3:4,0:4]"], ["[4:6,0:4]"]]}'),
+            "boxes overlap in the tensor of rank 0",
+        ),
+        (
+            rule(LAYERS + 'boxes = {axis = "tp", held = [["[0:3,0:4]"], ["[3:6,0:4]"]], shapes = [[3, 4], [2, 4]]}'),
+            "a box leaves the shape [2, 4] of the tensor of rank 1",
+        ),
         (
             rule('match = "layers.*"\ncut = {axis = "ep", dim = 0}'),
             "speaks of the axis 'ep', which the mesh dp=2,tp=2,pp=2",
@@ -373,6 +404,7 @@ any_rule = st.builds(
     | st.dictionaries(st.sampled_from(["pp", "x y"]), st.lists(st.integers(-3, 3), min_size=1), min_size=1),
     pad=st.just(()) | st.builds(Pad, dim=numbers, to=numbers),
     cut=st.just(()) | cuts | st.lists(cuts, min_size=1, max_size=1),
+    tied=st.none() | words,
     replicas=st.sampled_from(["equal", "first", "average"]),
 )
 spreads = st.builds(

@@ -114,6 +114,7 @@ def load(
     strict: bool = True,
     cast: bool = False,
     buffers: int = BUFFERS,
+    device: torch.device | str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> LoadResult:
     """Load a checkpoint into a state, in place, whatever parallelism wrote it and whatever parallelism the state has.
@@ -129,6 +130,8 @@ def load(
         cast: convert tensors whose dtype differs, instead of refusing.
         buffers: bytes of memory beside the state that each rank may take to read through; at least what one block of
             the checkpoint needs (1 MiB, unless another release wrote it) is taken.
+        device: where modules on torch's meta device get their memory: by default the CPU, or the device of a DTensor's
+            mesh. Parameters and persistent buffers do; other buffers stay there, and are listed in the result.
         process_group: as for `save`.
 
     Raises:
@@ -139,7 +142,7 @@ def load(
     """
     # tensors are written in place, behind the back of version counters
     _async_saver.settle()
-    return _load(state, path, strict=strict, cast=cast, buffers=buffers, process_group=process_group)
+    return _load(state, path, strict=strict, cast=cast, buffers=buffers, device=device, process_group=process_group)
 
 
 def open(path: str | os.PathLike[str]) -> Checkpoint:

@@ -13,12 +13,15 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
+import torch
+
 from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation
 from ckpt.loading.bounce import Bounced, read_bounced
 from ckpt.loading.sharing import ElsewhereError, share
 from ckpt.state import SavedState, SavedTensor, Target, build_target
+from ckpt.state.meta import Materialised
 from ckpt.state.references import LEAVES
 from ckpt.state.torch_dtypes import as_carrier, dtype_of, torch_dtype
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
@@ -67,6 +70,8 @@ class LoadResult:
     per_rank_skipped: Sequence[str] = field(default_factory=list)
     """Per-rank values (such as states of random generators) that were left as they were, because the checkpoint was
     written by another number of ranks."""
+    still_meta: Sequence[str] = field(default_factory=list)
+    """Buffers on the meta device that are not saved (`persistent=False`), and so are there still: make them anew."""
 
 
 def load(
@@ -76,13 +81,14 @@ def load(
     strict: bool = True,
     cast: bool = False,
     buffers: int = BUFFERS,
+    device: torch.device | str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> LoadResult:
     """See ckpt.load."""
     folder, group = tidy(path), Collective(process_group)
     operation = Operation("load", folder, rank=group.rank, world_size=group.world_size)
     group.waiting = operation.waiting
-    load = _Load(state, folder, strict=strict, cast=cast, group=group, buffers=buffers)
+    load = _Load(state, folder, strict=strict, cast=cast, group=group, buffers=buffers, device=device)
     with collector.paused(), operation, closing(load):
         return _run(load, folder, group, operation)
 
@@ -97,7 +103,11 @@ def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> L
         failure = _named(error, folder)
     with operation.phase("agree"):
         # nothing is touched before every rank has found that it can load
-        load.agree(failure)
+        try:
+            load.agree(failure)
+        except BaseException:
+            load.untouched()
+            raise
     try:
         with operation.phase("read") as phase:
             load.read()
@@ -128,6 +138,7 @@ def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> L
         missing=target.missing,
         unexpected=load.unexpected,
         per_rank_skipped=target.per_rank_skipped,
+        still_meta=load.still_meta,
     )
 
 
@@ -157,6 +168,7 @@ class _Load:
         cast: bool,
         group: Collective,
         buffers: int,
+        device: torch.device | str | None,
     ) -> None:
         self._state = state
         self._path = path
@@ -164,6 +176,8 @@ class _Load:
         self._cast = cast
         self._group = group
         self._buffers = buffers
+        self._device = device
+        self._made: Materialised | None = None
         self.checkpoint: Checkpoint
         self._stack = ExitStack()
         self.target: Target
@@ -201,7 +215,9 @@ class _Load:
             if own is None
             else {path: self.checkpoint.decode(value, path, leaf=LEAVES) for path, value in own.items()}
         )
+        self._made = Materialised(self._state, self._device)
         self.target = build_target(self._state, saved)
+        self._check_made(self._made)
         self.unexpected = list(self.target.unexpected)
         if self._group.world_size == 1 or self.target.missing:
             self._check_names()
@@ -242,6 +258,26 @@ class _Load:
         heads = {entry.partition(".")[0] for entry in self._state}
         metas = self.checkpoint.manifest.model_tensors
         return sum(meta.nbytes for name, meta in metas.items() if name.partition(".")[0] in heads)
+
+    @property
+    def still_meta(self) -> Sequence[str]:
+        """Buffers that are on the meta device still."""
+        return self._made.left if self._made is not None else ()
+
+    def untouched(self) -> None:
+        """Leave the state as it was before `plan`."""
+        if self._made is not None:
+            self._made.undo()
+
+    def _check_made(self, made: Materialised) -> None:
+        absent = sorted(set(made.names) & set(self.target.missing))
+        if absent:
+            raise StateMismatchError(
+                f"{self._path} does not fit the state."
+                + _listed("On the meta device and not in the checkpoint", absent)
+                + " They would be left without values; make them on a real device",
+                path=self._path,
+            )
 
     def _check_names(self) -> None:
         target = self.target

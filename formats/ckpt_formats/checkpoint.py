@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import EllipsisType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 
@@ -139,9 +140,34 @@ class Checkpoint:
         """Name -> lazy tensor, tied names included."""
         return _Tensors(self)
 
-    def __getitem__(self, name: str) -> LazyTensor:
-        """The tensor of that name. Raises MissingTensorError (a KeyError) with names that look like it."""
-        return self.tensors[name]
+    @overload
+    def __getitem__(self, name: str) -> LazyTensor: ...
+
+    @overload
+    def __getitem__(self, name: re.Pattern[str]) -> dict[str, LazyTensor]: ...
+
+    def __getitem__(self, name: str | re.Pattern[str]) -> Any:
+        """The tensor of that name; of a pattern such as `model.layers.0.*`, the tensors whose names fit it, by name.
+
+        `*` stands for anything, dots included, `?` for one character. A compiled regular expression has to fit the
+        whole name. A name that is a tensor's is no pattern, whatever it contains.
+
+        Raises MissingTensorError (a KeyError) with names that look like it.
+        """
+        tensors = self.tensors
+        if isinstance(name, str):
+            if name in tensors or not ("*" in name or "?" in name):
+                return tensors[name]
+            # no sets of characters: names have brackets
+            parts = (".*" if part == "*" else "." if part == "?" else re.escape(part) for part in name)
+            name = re.compile("".join(parts), re.DOTALL)
+        found = {known: tensors[known] for known in sorted(tensors) if name.fullmatch(known)}
+        if not found:
+            raise MissingTensorError(
+                f"{self.path} has no tensor whose name fits {name.pattern!r}; `ckpt show` lists what it has",
+                path=self.path,
+            )
+        return found
 
     @property
     def values(self) -> dict[str, Any]:

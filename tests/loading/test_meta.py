@@ -1,0 +1,114 @@
+"""Models on the meta device are loaded into: memory for what the checkpoint has, and for nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import ckpt
+from ckpt_formats.errors import CheckpointError, StateMismatchError
+from tests.ranks import run_ranks
+
+
+class Tied(nn.Module):
+    """A tied head, a buffer that is saved and one that is not."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.head = nn.Linear(width, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+
+def _save(path: Path) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    model = Tied()
+    model.norm.running_mean += 2  # type: ignore[operator]
+    ckpt.save({"model": model}, path)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_a_model_on_the_meta_device_is_made_and_filled_and_its_ties_stay(tmp_path: Path) -> None:
+    saved = _save(tmp_path / "c")
+    with torch.device("meta"):
+        model = Tied()
+    result = ckpt.load({"model": model}, tmp_path / "c")
+    assert model.head.weight is model.embed.weight
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+    assert model.table.is_meta
+    assert result.still_meta == ["model.table"]
+
+
+def test_a_model_that_does_not_fit_stays_on_the_meta_device(tmp_path: Path) -> None:
+    _save(tmp_path / "c")
+    with torch.device("meta"):
+        model = Tied(7)
+    with pytest.raises(CheckpointError, match="Other shapes"):
+        ckpt.load({"model": model}, tmp_path / "c")
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+def test_what_the_checkpoint_lacks_is_not_left_without_values(tmp_path: Path) -> None:
+    _save(tmp_path / "c")
+    with torch.device("meta"):
+        model = Tied()
+        model.extra = nn.Linear(2, 2)
+    with pytest.raises(StateMismatchError, match=r"On the meta device and not in the checkpoint: model\.extra\.bias"):
+        ckpt.load({"model": model}, tmp_path / "c", strict=False)
+    assert model.extra.weight.is_meta
+
+
+def _sharded(rank: int, world_size: int, path: str) -> tuple[bool, torch.Tensor]:
+    mesh = init_device_mesh("cpu", (world_size,))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    ckpt.load({"model": model}, path)
+    weight = model[1].weight.full_tensor()
+    return bool(torch.isfinite(model(torch.ones(2, 5))).all()), weight
+
+
+def test_fsdp2_on_the_meta_device_is_filled_shard_by_shard_and_runs(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    ckpt.save({"model": model}, tmp_path / "c")
+    for runs, weight in run_ranks(_sharded, 2, str(tmp_path / "c")):
+        assert runs
+        assert torch.equal(weight, model[1].weight)
+
+
+def _misfit(rank: int, world_size: int, path: str, what: str) -> tuple[str, bool]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if rank == 1:
+        if what == "shape":
+            model[1] = nn.Linear(4, 5)
+        elif what == "dtype":
+            model[1] = model[1].double()
+        else:
+            model.add_module("other", nn.Linear(4, 4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        ckpt.load({"model": model}, path)
+    return str(caught.value), all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("what", "names"), [("shape", "model.1.weight"), ("dtype", "model.1.weight"), ("name", "model.other.weight")]
+)
+def test_a_target_that_fits_on_one_rank_only_is_an_error_on_each_and_touches_none(
+    tmp_path: Path, what: str, names: str
+) -> None:
+    ckpt.save({"model": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))}, tmp_path / "c")
+    results = run_ranks(_misfit, 2, str(tmp_path / "c"), what)
+    assert all(untouched for _, untouched in results)
+    assert names in results[1][0]
+    assert "rank 1" in results[0][0]

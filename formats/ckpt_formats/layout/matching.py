@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ckpt_formats.errors import LayoutError
 from ckpt_formats.geometry import Interval, Shape
 from ckpt_formats.layout.mesh import Mesh
-from ckpt_formats.layout.patterns import Captures, Pattern, render
+from ckpt_formats.layout.patterns import Captures, Pattern, fields_of, render
 from ckpt_formats.layout.rules import Rule, Spread
 from ckpt_formats.layout.words import toml_of
 
@@ -243,8 +243,9 @@ class _Finder:
                 leader = self._matches[owners[name]]
                 slot = name.rpartition(".")[2]
                 key = (*leader.key, slot)
-                local = "{like}." + slot.replace("{", "(").replace("}", ")")
-                rule = Rule(match=(name,), like=owners[name], local=local, replicas=leader.rule.replicas)
+                named = [text.replace("{", "(").replace("}", ")") for text in (owners[name], slot)]
+                local = "{like}." + named[1]
+                rule = Rule(match=(name,), like=named[0], local=local, replicas=leader.rule.replicas)
                 by = shared.setdefault((id(leader.rule), key), rule)
                 self._matches[name] = leader._replace(by=by, key=key, leader=owners[name])
 
@@ -335,7 +336,7 @@ class _Finder:
                 f"it lies as {target!r}, and has the shape {list(self._tensors[name])}, not"
                 f" {list(self._tensors[target])}; leave it to another rule by `unless`",
             )
-        used = Pattern(rule.like or "").captures
+        used = fields_of(rule.like or "")
         own = tuple(sorted(item for item in captures.items() if item[0] not in used))
         self._matches[name] = _Match(
             leader.rule, rule, leader.position, {**leader.captures, **captures}, (*leader.key, own), target
@@ -485,7 +486,7 @@ class _Finder:
 
     def _render(self, template: str, fields: Mapping[str, object], rule: Rule, name: str) -> str:
         try:
-            return render(template.replace("*}", "}"), fields)
+            return render(template, fields)
         except KeyError as error:
             raise self.error(
                 rule, name, f"{template!r} has the field {error.args[0]!r}, and it captures none"

@@ -15,7 +15,7 @@ __all__ = ["Captures", "Pattern", "fields_of", "render"]
 
 Captures = dict[str, str]
 
-_FIELD = re.compile(r"\{([A-Za-z_]\w*(?:\.[a-z]+)?)\}", re.ASCII)
+_FIELD = re.compile(r"\{([A-Za-z_]\w*(?:\.[a-z]+)?)\*?\}", re.ASCII)
 _CAPTURE = re.compile(r"\{([A-Za-z_]\w*)(\*?)\}", re.ASCII)
 _REGEX = "re:"
 
@@ -85,7 +85,10 @@ def _translate(text: str, numbers: Collection[str]) -> str:
 
 
 def fields_of(template: str) -> set[str]:
-    """The fields of a template, such as `layer` and `layer.chunk`. ValueError when it has other braces."""
+    """The fields of a template, such as `layer` and `layer.chunk`. ValueError when it has other braces.
+
+    A star in them, as in the pattern that captured, means nothing.
+    """
     rest = _FIELD.sub("", template)
     if "{" in rest or "}" in rest:
         raise ValueError(f"{template!r} has a brace that is no field; one is written like {{layer}}")

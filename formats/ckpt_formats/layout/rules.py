@@ -422,6 +422,11 @@ class Rule(Word):
             raise self.refuse("what it makes of tensors needs a name on the ranks; say it as local")
         if self.join is not None and len(self.patterns) < 2:
             raise self.refuse("join needs a pattern for each tensor that it joins")
+        try:
+            for template in (*self.locals, self.tied or "", self.like or ""):
+                fields_of(template)
+        except ValueError as error:
+            raise self.refuse(str(error)) from None
         if self.like is not None and (renamed or self.on or self.pad or self.cut or self.boxes or self.tied):
             raise self.refuse("a tensor that lies as another one is cut as that one; say only local, flat and replicas")
         if self.join is None and any(cut.parts == "joined" for cut in self.cuts):

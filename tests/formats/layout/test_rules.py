@@ -64,12 +64,19 @@ def test_a_rule_that_matches_nothing_is_refused() -> None:
 
 
 def test_slots_of_an_optimizer_lie_as_their_parameter_when_no_rule_matches_them() -> None:
-    shapes = {**SHAPES, "opt.layers.0.w.m": (6, 4), "opt.layers.0.w.step": ()}
-    owners = {"opt.layers.0.w.m": "layers.0.w", "opt.layers.0.w.step": "layers.0.w"}
+    shapes = {
+        **SHAPES,
+        "layers.{odd}": (2, 2),
+        "opt.layers.0.w.m": (6, 4),
+        "opt.layers.0.w.step": (),
+        "opt.odd.{m}": (2, 2),
+    }
+    owners = {"opt.layers.0.w.m": "layers.0.w", "opt.layers.0.w.step": "layers.0.w", "opt.odd.{m}": "layers.{odd}"}
     layout = Layout.parse(rule('match = "layers.*"\ncut = {axis = "tp", dim = 1}\nlocal = "on.{name}"'))
     held = layout.resolve(MESH, shapes, owners=owners).local(0)
     assert held["on.layers.0.w.m"].shape == held["on.layers.0.w"].shape == (6, 2)
     assert held["opt.layers.0.w.step"].shape == ()
+    assert held["on.layers.{odd}.(m)"].shape == (2, 1)
 
 
 def test_slots_of_joined_parameters_are_joined() -> None:
@@ -109,6 +116,8 @@ SPREAD = '[spread.layer]\naxis = "pp"\n'
         (rule('match = "*"\nsplit = 4'), "split = 4 has to be a table of dim, widths"),
         (rule('match = "re:("'), "the pattern 're:(' is no regular expression"),
         (rule('match = "{layer"'), "has a brace that makes no capture"),
+        (rule('match = "*"\nlocal = "{layer"'), "has a brace that is no field"),
+        (rule('match = "*"\ntied = "layer}"'), "has a brace that is no field"),
         # contradictions
         (
             rule('match = "*"\ncut = {axis = "tp", dim = 0, parts = 2, sizes = [1]}'),

@@ -89,6 +89,10 @@ class Naming:
         """The name of the tensor of a parameter."""
         return f"{self.modules['']}.{name}" if "" in self.modules else name
 
+    def name(self, tensor: str) -> str:
+        """The inverse: the name of the parameter whose tensor has that name."""
+        return tensor.removeprefix(f"{self.modules['']}.") if "" in self.modules else tensor
+
 
 def name_parameters(
     key: str, optimizer: torch.optim.Optimizer, parameters: Parameters, saved: Mapping[str, str] | None = None

@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor
 
 from ckpt.state.containers import references
 from ckpt.state.dtensor import replicated, zeros_like
+from ckpt.state.flat_slots import FlatSlots, equal, scalar_device
 from ckpt.state.given import Given
 from ckpt.state.inventory import Inventory
 from ckpt.state.optimizers import (
     Naming,
     Parameters,
     cut_of,
-    flat_numel,
     hyperparameters,
     is_zero,
     keeps,
@@ -30,7 +30,6 @@ from ckpt.state.optimizers import (
 )
 from ckpt.state.types import Disassembled, Lowered, PerRankRef, SavedState, SavedTensor, TensorRef
 from ckpt_formats.errors import FormatError, MissingTensorError, StateError, StateMismatchError
-from ckpt_formats.geometry import Box
 
 __all__ = ["OptimizerTarget"]
 
@@ -86,7 +85,8 @@ class OptimizerTarget:
         self.wanted.add(f"{key}.param_groups")
         group_of = {name: index for index, group in enumerate(groups) for name in group["params"]}
         found = _by_parameter(key, group_of.keys() | set(naming.names.values()), tensors, values, saved)
-        maker = _Maker(inventory, live, parameters, saved, then, f"{key}.state.", entry.get("local", {}))
+        maker = Maker(inventory, live, parameters, saved, then, f"{key}.state.", entry.get("local", {}))
+        self.wanted |= _slots_of_twins(key, inventory, then, found)
         for index, group in enumerate(self.optimizer.param_groups):
             names = {}
             for parameter in group["params"]:
@@ -246,8 +246,14 @@ def _saved_name(name: str, group_of: Mapping[str, int], naming: Naming, saved: S
     stored = saved.aliases.get(naming.tensor(name))
     if stored is None:
         return name
-    twin = stored.removeprefix(f"{naming.modules['']}.") if "" in naming.modules else stored
+    twin = naming.name(stored)
     return twin if twin in group_of else name
+
+
+def _slots_of_twins(key: str, inventory: Inventory, naming: Naming, found: _Found) -> set[str]:
+    """Slots of parameters that were apart when they were saved and are tied now: those of the first name are taken."""
+    twins = map(naming.name, inventory.local.aliases)
+    return {f"{key}.state.{twin}.{slot}" for twin in twins for slot in found.slots.get(twin, ())}
 
 
 def _agreed(key: str, names: Mapping[str, int], groups: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -264,21 +270,13 @@ def _agreed(key: str, names: Mapping[str, int], groups: list[Mapping[str, Any]])
             continue
         for hyper in (agreed[1].keys() | group.keys()) - {"params"}:
             one, other = agreed[1].get(hyper), group.get(hyper)
-            if not _equal(one, other):
+            if not equal(one, other):
                 raise StateMismatchError(
                     f"the optimizer {key!r} has {agreed[0]!r} and {name!r} in one group, but they were saved with "
                     f"{hyper} = {one!r} and {other!r}; make the groups as they were when it was saved",
                     tensor=f"{key}.param_groups",
                 )
     return agreed and agreed[1]
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return type(one) is type(other) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, list | tuple) and type(one) is type(other) and len(one) == len(other):
-        return all(map(_equal, one, other))
-    return type(one) is type(other) and bool(one == other or one != one)  # noqa: PLR0124 - nan is itself
 
 
 def _placed(group: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,7 +304,7 @@ def _placed(group: Mapping[str, Any], hyper: Mapping[str, Any]) -> dict[str, Any
 # --- slots
 
 
-class _Maker:
+class Maker:
     """Makes slots, or takes those that are there."""
 
     def __init__(
@@ -442,85 +440,3 @@ class _Maker:
             made = torch.empty(shape, dtype=dtype, device=parameter.device)
         self._inventory.tensor(full, made)
         return made
-
-
-def scalar_device(parameter: torch.Tensor, slot: str, hyper: Mapping[str, Any]) -> torch.device:
-    """Where torch.optim's own load_state_dict puts a slot of one element: only `step` may stay on the CPU."""
-    moves = slot != "step" or hyper.get("capturable") or hyper.get("fused")
-    return parameter.device if moves else torch.device("cpu")
-
-
-class FlatSlots:
-    """The slots of a flat parameter of FSDP1: one tensor for those of all parameters that are in it."""
-
-    def __init__(self, parameter: torch.Tensor, members: list[tuple[str, Lowered]], there: Mapping[str, Any]) -> None:
-        """`members`: what the checkpoint calls what is in it, and where in it; `there`: its slots now."""
-        self.parameter = parameter
-        self._members = members
-        self._there = there
-        self._made: _Slots = {}
-        """Slot -> the tensor, or for each parameter its own marked value, all of which must turn out to be equal."""
-
-    def plan(self, maker: _Maker, slots: Mapping[str, _Slots], hyper: Mapping[str, Any]) -> None:
-        """Enter every slot. `slots`: name -> what was saved for it.
-
-        Raises StateMismatchError if they have not the same slots, StateError for slots that are no flat ones.
-        """
-        first = self._members[0][0]
-        for slot in dict.fromkeys(slot for saved in slots.values() for slot in saved):
-            values = {}
-            for name, within in self._members:
-                if slot not in slots[name]:
-                    raise StateMismatchError(
-                        f"{first!r} and {name!r} are in one flat parameter here, but {slot!r} was saved of only one of "
-                        "them; wrap with use_orig_params=True",
-                        tensor=name,
-                    )
-                values[name] = slots[name][slot]
-                self._enter(maker, name, within, slot, values[name], hyper)
-            if slot not in self._made:
-                self._made[slot] = values
-
-    def _enter(
-        self, maker: _Maker, name: str, within: Lowered, slot: str, marked: Any, hyper: Mapping[str, Any]
-    ) -> None:
-        marks = list(references(marked))
-        if not marks:
-            return
-        found = maker.saved(marked) if marks == [marked] else None
-        if found is None or (found.shape and not maker.kind(found, self.parameter.dtype, within.shape, name, slot)[1]):
-            raise StateError(
-                f"the slot {slot!r} that was saved of {name!r} has no place in a flat parameter; wrap with "
-                "use_orig_params=True, or use fully_shard",
-                tensor=name,
-            )
-        dtype, _ = maker.kind(found, self.parameter.dtype, within.shape, name, slot)
-        if not found.shape:
-            made = torch.empty((), dtype=dtype, device=scalar_device(self.parameter, slot, hyper))
-            maker.enter(marked.name, made, Lowered((), ((Box((), ()), Box((), ())),)))
-            return
-        flat = self._made.get(slot, self._there.get(slot))
-        size = (flat_numel(self.parameter),)
-        if not (isinstance(flat, torch.Tensor) and flat.shape == size and flat.dtype == dtype):
-            # zeros, for there is padding too
-            flat = torch.zeros(size, dtype=dtype, device=self.parameter.device)
-        self._made[slot] = flat
-        maker.enter(marked.name, flat, within)
-
-    def filled(self, given: Given) -> _Slots:
-        """The slots, once all bytes have arrived. StateMismatchError if parameters have different values of one."""
-        slots: _Slots = {}
-        for slot, made in self._made.items():
-            if isinstance(made, torch.Tensor):
-                slots[slot] = made
-                continue
-            values = {name: given.fill(marked) for name, marked in made.items()}
-            (first, slots[slot]), *others = values.items()
-            for name, value in others:
-                if not _equal(value, slots[slot]):
-                    raise StateMismatchError(
-                        f"{first!r} and {name!r} are in one flat parameter here, but were saved with {slot} = "
-                        f"{slots[slot]!r} and {value!r}; wrap with use_orig_params=True",
-                        tensor=name,
-                    )
-        return slots

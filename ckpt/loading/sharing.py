@@ -17,14 +17,15 @@ import numpy as np
 from ckpt.collective import Collective
 from ckpt.loading.batches import MOST, Batch, Extent, make_batches, needs_of
 from ckpt.loading.node import STALL_S, Node, meet
-from ckpt_formats.errors import RankError
+from ckpt_formats.errors import CorruptionError, RankError
 from ckpt_formats.pieces import EncodedPiece, Piece, clip, scatter
 from ckpt_formats.reading import DEVICE_THREADS, FAR_THREADS, Reader, ReadPlan, ReadStats, Staging
 
 SLOT = 2 << 20
-"""Bytes of a batch at most, if a block is not larger: all ranks' slots together stay in a CPU's cache."""
-SLOTS = 4
-"""Batches that a rank has read and others have not yet taken; as many as threads from far."""
+"""Bytes of a batch at most, if a block is not larger."""
+SLOTS = 2
+"""Batches that a rank has read and others have not yet taken, when they come from memory: all ranks' slots together
+stay in a CPU's cache. When they come from a device or from far, as many as threads."""
 _READY, _DONE, _FAILED, _BYE = 1, 2, 3, 4
 
 
@@ -53,15 +54,16 @@ def share(
         ElsewhereError: one of them failed otherwise.
     """
     slot = max(SLOT // block_size * block_size, block_size)
-    slots = max(1, min(FAR_THREADS if far else SLOTS, buffers // 2 // slot))
     pieces = list(plan.pieces())
+    threads = FAR_THREADS if far else DEVICE_THREADS if _is_cold(reader, pieces) else 0
+    slots = max(1, min(threads or SLOTS, buffers // 2 // slot))
     node = meet(group, needs_of(pieces).tobytes(), slot * slots, MOST)
     if node is None:
         return None
     try:
         needs = [np.frombuffer(said, np.int64).reshape(-1, 6) for said in node.said]
         ours = _Round(node, reader, pieces, make_batches(needs, slot), slot, slots)
-        done = ours.run(far=far), ours.left()
+        done = ours.run(threads, past_cache=not far), ours.left()
     except BaseException:
         # what another has told is told on: a line that closes without a word is a death
         node.tell_all(_FAILED)
@@ -71,6 +73,14 @@ def share(
         return done
     finally:
         node.close()
+
+
+def _is_cold(reader: Reader, pieces: list[Piece]) -> bool:
+    try:
+        return reader.is_cold(pieces)
+    except CorruptionError:
+        # whoever reads it says so, when all ranks listen
+        return False
 
 
 class _Round:
@@ -102,14 +112,12 @@ class _Round:
         self._local = threading.local()
         self._stagings: list[Staging] = []
 
-    def run(self, *, far: bool) -> ReadStats:
-        mine = [self._batches[number] for number in self._mine]
-        cold = not far and self._reader.is_cold(self._piece(batch.extents[0]) for batch in mine)
-        threads = FAR_THREADS if far else DEVICE_THREADS if cold else 0
-        if threads and mine:
+    def run(self, threads: int, *, past_cache: bool) -> ReadStats:
+        """Read with so many threads, or with none beside this one."""
+        if threads and self._mine:
             pool = ThreadPoolExecutor(threads, thread_name_prefix="ckpt-share")
             try:
-                self._loop(pool, past_cache=cold)
+                self._loop(pool, past_cache=past_cache)
             finally:
                 pool.shutdown(cancel_futures=True)
         else:

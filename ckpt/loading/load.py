@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from ckpt.events import Operation
 from ckpt.loading.bounce import Bounced, read_bounced
 from ckpt.loading.sharing import ElsewhereError, share
 from ckpt.state import SavedState, SavedTensor, Target, build_target
+from ckpt.state.given import Others
 from ckpt.state.meta import Materialised
 from ckpt.state.references import LEAVES
 from ckpt.state.torch_dtypes import as_carrier, dtype_of, torch_dtype
@@ -70,6 +73,8 @@ class LoadResult:
     per_rank_skipped: Sequence[str] = field(default_factory=list)
     """Per-rank values (such as states of random generators) that were left as they were, because the checkpoint was
     written by another number of ranks."""
+    per_rank_derived: Sequence[str] = field(default_factory=list)
+    """Per-rank values that were made, by their rule, of those that another number of ranks had saved."""
     still_meta: Sequence[str] = field(default_factory=list)
     """Buffers on the meta device that are not saved (`persistent=False`), and so are there still: make them anew."""
 
@@ -138,6 +143,7 @@ def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> L
         missing=target.missing,
         unexpected=load.unexpected,
         per_rank_skipped=target.per_rank_skipped,
+        per_rank_derived=target.per_rank_derived,
         still_meta=load.still_meta,
     )
 
@@ -209,12 +215,7 @@ class _Load:
             require=self.checkpoint.reader.require,
         )
         same_world = manifest.per_rank_world_size == self._group.world_size
-        own = self.checkpoint.per_rank(self._group.rank) if same_world else None
-        self._per_rank = (
-            None
-            if own is None
-            else {path: self.checkpoint.decode(value, path, leaf=LEAVES) for path, value in own.items()}
-        )
+        self._per_rank = self._per_rank_of(self._group.rank) if same_world else None
         self._made = Materialised(self._state, self._device)
         self.target = build_target(self._state, saved)
         self._check_made(self._made)
@@ -223,6 +224,11 @@ class _Load:
             self._check_names()
         self._check_tensors(saved)
         self._plan = self.checkpoint.reader.plan(self._in_place(self._bounced))
+
+    def _per_rank_of(self, rank: int) -> dict[str, Any]:
+        """Path -> decoded value of what a rank saved as its own."""
+        own = self.checkpoint.per_rank(rank)
+        return {path: self.checkpoint.decode(value, path, leaf=LEAVES) for path, value in own.items()}
 
     def agree(self, failure: BaseException | None) -> None:
         """Raise on every rank if any can't load, or if there are names that no rank expects.
@@ -353,7 +359,18 @@ class _Load:
 
     def apply(self) -> None:
         """Attach what was made and restore the values."""
-        self.target.apply(self._values, self._per_rank)
+        saved = self.checkpoint.manifest.per_rank_world_size
+        rank, world_size = self._group.rank, self._group.world_size
+        others = Others(self._per_rank_of, saved, rank, world_size) if saved not in (0, world_size) else None
+        self.target.apply(self._values, self._per_rank, others)
+        skipped = self.target.per_rank_skipped
+        if skipped:
+            warnings.warn(
+                f"{self._path} has the per-rank values of {saved} ranks, and there are {world_size} now:"
+                + _listed("These have no rule for that and stay as they were", skipped)
+                + " Give ckpt.PerRank a `resize`, or set them yourself",
+                stacklevel=4,
+            )
 
     def close(self) -> None:
         """Let the checkpoint go."""

@@ -5,7 +5,8 @@ Knows nothing of where the results go.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +14,23 @@ import torch
 from ckpt.state.rng import RNG
 from ckpt.state.types import PerRank, PerRankRef, TensorRef
 
-__all__ = ["ABSENT", "Given"]
+__all__ = ["ABSENT", "Given", "Others"]
 
 ABSENT: Any = object()
 """Stands for a value that is not there, since None is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """The per-rank values of a checkpoint that another number of ranks wrote."""
+
+    saved: Callable[[int], Mapping[str, Any]]
+    """Rank that saved -> path -> decoded value."""
+    count: int
+    """How many ranks saved some."""
+    rank: int
+    """This rank, of `world_size` now."""
+    world_size: int
 
 
 class Given:
@@ -26,15 +40,22 @@ class Given:
         values: path -> marked value.
         per_rank: path -> value of this rank; empty if the checkpoint was written by another number of ranks.
         skipped: paths of per-rank values that were not there, and so were left as they are.
+        derived: paths of those that were made of what another number of ranks had saved.
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any], per_rank: Mapping[str, Any]
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        values: Mapping[str, Any],
+        per_rank: Mapping[str, Any],
+        others: Others | None = None,
     ) -> None:
         self._tensors = tensors
+        self._others = others
         self.values = values
         self.per_rank = per_rank
         self.skipped: list[str] = []
+        self.derived: list[str] = []
 
     def fill(self, marked: Any, current: Any = ABSENT, *, wrap: bool = False) -> Any:
         """The value with tensors and per-rank values in the place of marks; dicts, lists and tuples are new ones.
@@ -63,13 +84,31 @@ class Given:
     def own(self, path: str, current: Any, *, wrap: bool) -> Any:
         """This rank's value, or what it has now if none was saved for it."""
         if path not in self.per_rank:
-            self.skipped.append(path)
-            return current
+            return self._of_others(path, current, wrap=wrap)
         value = self.fill(self.per_rank[path])
         if isinstance(current, RNG) and wrap:
             current.load_state_dict(value)
             return current
         if isinstance(current, PerRank) and wrap:
-            current.value = value
+            current.give(value)
             return current
         return PerRank(value) if wrap else value
+
+    def _of_others(self, path: str, current: Any, *, wrap: bool) -> Any:
+        """A value made by its rule of what another number of ranks had saved, or what is there now."""
+        others = self._others
+        if others is not None and wrap and isinstance(current, RNG):
+            near = others.saved(others.rank % others.count).get(path)
+            if near is not None:
+                current.derive(self.fill(near), others.rank, others.world_size)
+                self.derived.append(path)
+                return current
+        if others is not None and wrap and isinstance(current, PerRank) and current.resize is not None:
+            states = [others.saved(rank) for rank in range(others.count)]
+            if all(path in state for state in states):
+                known = [self.fill(state[path]) for state in states]
+                current.give(current.resize(known, others.rank, others.world_size))
+                self.derived.append(path)
+                return current
+        self.skipped.append(path)
+        return current

@@ -132,7 +132,7 @@ class Inventory:
             self.shard(path, value)
             return TensorRef(path)
         if isinstance(value, PerRank):
-            return self._per_rank(path, value.value)
+            return self._per_rank(path, value.take())
         if isinstance(value, RNG):
             return self._per_rank(path, value.state_dict())
         return value

@@ -6,6 +6,7 @@ to types that can be.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,25 @@ class RNG:
                 module.set_rng_state(_tensor(state), int(index))
             else:
                 module.set_rng_state(_tensor(state))
+
+    def derive(self, state_dict: Mapping[str, Any], rank: int, world_size: int) -> None:
+        """Seed the generators, since another number of ranks saved theirs.
+
+        The seed is the SHA-256 of one saved rank's states, this rank and the number of ranks: the same whenever the
+        same checkpoint is loaded by as many ranks, and another on each rank and for each checkpoint.
+
+        Args:
+            state_dict: what rank `rank` modulo the number of ranks that saved had saved.
+            rank: this rank.
+            world_size: how many ranks there are now.
+        """
+        seed = hashlib.sha256(bytes(state_dict["torch"]))
+        seed.update(np.ascontiguousarray(state_dict["python"]["keys"]).tobytes())
+        seed.update(f"{rank}/{world_size}".encode())
+        number = int.from_bytes(seed.digest(), "little")
+        random.seed(number)
+        np.random.seed(number >> 64 & 0xFFFFFFFF)  # noqa: NPY002 - as above
+        torch.manual_seed(number >> 128 & (1 << 63) - 1)  # of every device, too
 
 
 def _accelerator(*, in_use: bool) -> Iterator[tuple[str, Any]]:

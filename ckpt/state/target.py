@@ -18,7 +18,7 @@ from ckpt.state.containers import is_spread, references, rejoin, replace
 from ckpt.state.entries import Entry, entries_of
 from ckpt.state.flatten import enter_tensors, note_parameters
 from ckpt.state.fsdp1 import drop_gathered
-from ckpt.state.given import ABSENT, Given
+from ckpt.state.given import ABSENT, Given, Others
 from ckpt.state.inventory import Inventory
 from ckpt.state.modules import ModuleState, walk_module
 from ckpt.state.optimizers import Parameters, enter_optimizer, name_parameters
@@ -42,6 +42,7 @@ class Target:
             Another rank may have them (a pipeline stage): what no rank has is what is in this list on every rank.
         retied: name -> name: tensors that are stored apart but tied here; only the second is loaded.
         per_rank_skipped: after `apply`: paths of per-rank values that were left as they are, since none was given.
+        per_rank_derived: after `apply`: paths of those that were made of what another number of ranks had saved.
     """
 
     def __init__(self) -> None:
@@ -50,21 +51,26 @@ class Target:
         self.unexpected: list[str] = []
         self.retied: dict[str, str] = {}
         self.per_rank_skipped: list[str] = []
+        self.per_rank_derived: list[str] = []
         self._live: Mapping[str, torch.Tensor] = {}
         self._parts: list[_Module | OptimizerTarget | _Stateful | _Value] = []
 
-    def apply(self, values: Mapping[str, Any], per_rank: Mapping[str, Any] | None) -> None:
+    def apply(
+        self, values: Mapping[str, Any], per_rank: Mapping[str, Any] | None, others: Others | None = None
+    ) -> None:
         """Attach what was made and restore all values; call it once, when the bytes of all tensors have arrived.
 
         Args:
             values: path -> decoded value, as in the `SavedState`.
             per_rank: path -> decoded value of this rank, or None if the checkpoint has none for it.
+            others: those of the ranks that saved, if they were another number.
         """
-        given = Given(self._live, values, per_rank or {})
+        given = Given(self._live, values, per_rank or {}, others)
         # Random generators last: what restores the rest may draw numbers
         for part in sorted(self._parts, key=_restores_generators):
             part.apply(given)
         self.per_rank_skipped = given.skipped
+        self.per_rank_derived = given.derived
 
 
 @collector.paused()
@@ -187,7 +193,7 @@ class _Value:
             current = parent[slot]
             filled = given.fill(marked, current, wrap=True)
             if isinstance(current, PerRank) and not isinstance(filled, PerRank):
-                current.value = filled
+                current.give(filled)
             elif filled is not ABSENT and filled is not current:
                 replace(parent, slot, filled)
 

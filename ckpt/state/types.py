@@ -257,12 +257,38 @@ def flat_interval(shape: tuple[int, ...], start: int, stop: int, at: int = 0) ->
 
 
 class PerRank:
-    """A plain value that differs between ranks; each rank saves and gets its own."""
+    """What differs between ranks: a plain value, or an object with `state_dict` and `load_state_dict` such as
+    torchdata's `StatefulDataLoader`; each rank saves and gets its own.
 
-    __slots__ = ("value",)
+    Args:
+        value: the value, or the object.
+        resize: what to give a rank when the checkpoint was written by another number of ranks: called with the values
+            (or states) of all the ranks that saved, in their order, this rank, and how many there are now. Without
+            it the value stays as it is, and a warning says so.
+    """
 
-    def __init__(self, value: object) -> None:
+    __slots__ = ("resize", "value")
+
+    def __init__(self, value: Any, resize: Callable[[Sequence[Any], int, int], Any] | None = None) -> None:
         self.value = value
+        self.resize = resize
+
+    def take(self) -> Any:
+        """What is saved."""
+        return self.value.state_dict() if self.stateful else self.value
+
+    def give(self, value: Any) -> None:
+        """What was saved, or made by `resize`, is this rank's from now on."""
+        if self.stateful:
+            self.value.load_state_dict(value)
+        else:
+            self.value = value
+
+    @property
+    def stateful(self) -> bool:
+        """Whether it is an object that gives and takes its state."""
+        kind = type(self.value)
+        return callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))
 
     def __repr__(self) -> str:
         return f"PerRank({self.value!r})"

@@ -267,7 +267,8 @@ def other_world(rank: int, world_size: int, folder: str) -> tuple[list[str], obj
     if world_size == 2:
         ckpt.save(state, f"{folder}/a")
         return [], None
-    result = ckpt.load(state, f"{folder}/a")
+    with pytest.warns(UserWarning, match="per-rank values of 2 ranks, and there are 3 now: .*: mine"):
+        result = ckpt.load(state, f"{folder}/a")
     return list(result.per_rank_skipped), state["epoch"]
 
 
@@ -275,8 +276,7 @@ def test_per_rank_values_of_another_world_size_are_kept_and_reported(tmp_path: P
     run_ranks(other_world, 2, str(tmp_path))
     for skipped, epoch in run_ranks(other_world, 3, str(tmp_path)):
         assert epoch == 7
-        assert any("rng" in path for path in skipped)
-        assert any("mine" in path for path in skipped)
+        assert skipped == ["mine"]
 
 
 def test_modules_and_optimizers_in_lists_and_dicts_come_back(tmp_path: Path) -> None:

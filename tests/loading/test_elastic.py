@@ -1,0 +1,83 @@
+"""Per-rank values at another number of ranks: by a stated rule, never silently."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import ckpt
+from tests.ranks import run_ranks
+
+
+def _draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
+
+
+def _random(rank: int, world_size: int, folder: str) -> tuple[list[str], tuple[float, float, float]]:
+    if world_size == 2:
+        torch.manual_seed(rank)
+        ckpt.save({"rng": ckpt.RNG()}, f"{folder}/a")
+        return [], _draws()
+    drawn = []
+    for noise in (5, 6):
+        torch.manual_seed(noise)
+        random.seed(noise)
+        np.random.seed(noise)  # noqa: NPY002
+        result = ckpt.load({"rng": ckpt.RNG()}, f"{folder}/a")
+        drawn.append(_draws())
+    assert drawn[0] == drawn[1]
+    assert not result.per_rank_skipped
+    return list(result.per_rank_derived), drawn[0]
+
+
+def test_random_generators_of_other_ranks_are_seeded_from_what_was_saved(tmp_path: Path) -> None:
+    before = run_ranks(_random, 2, str(tmp_path))
+    after = run_ranks(_random, 3, str(tmp_path))
+    assert all(derived == ["rng"] for derived, _ in after)
+    assert len({draws for _, draws in before + after}) == 5
+
+
+def _resized(rank: int, world_size: int, folder: str) -> tuple[list[str], Any]:
+    def share(counts: Sequence[int], rank: int, world_size: int) -> int:
+        return sum(counts) // world_size
+
+    seen = ckpt.PerRank(30 * (rank + 1) if world_size == 2 else 0, resize=share)
+    if world_size == 2:
+        ckpt.save({"seen": seen}, f"{folder}/a")
+        return [], seen.value
+    result = ckpt.load({"seen": seen}, f"{folder}/a")
+    return list(result.per_rank_derived), seen.value
+
+
+def test_a_value_with_a_rule_is_made_of_those_of_all_ranks(tmp_path: Path) -> None:
+    run_ranks(_resized, 2, str(tmp_path))
+    assert run_ranks(_resized, 3, str(tmp_path)) == [(["seen"], 30)] * 3
+
+
+def _loader(rank: int) -> StatefulDataLoader:
+    generator = torch.Generator().manual_seed(rank)
+    return StatefulDataLoader(list(range(100 * rank, 100 * rank + 12)), batch_size=3, shuffle=True, generator=generator)
+
+
+def _batches(rank: int, world_size: int, folder: str) -> tuple[list[list[int]], list[list[int]]]:
+    loader = _loader(rank)
+    epoch = iter(loader)
+    next(epoch)
+    ckpt.save({"data": ckpt.PerRank(loader)}, f"{folder}/a")
+    rest = [batch.tolist() for batch in epoch]
+    other = _loader(rank)
+    ckpt.load({"data": ckpt.PerRank(other)}, f"{folder}/a")
+    return rest, [batch.tolist() for batch in other]
+
+
+def test_a_stateful_data_loader_goes_on_where_each_rank_was(tmp_path: Path) -> None:
+    for rank, (rest, resumed) in enumerate(run_ranks(_batches, 2, str(tmp_path))):
+        assert len(rest) == 3
+        assert resumed == rest
+        assert all(number // 100 == rank for batch in rest for number in batch)

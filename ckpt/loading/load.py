@@ -364,7 +364,7 @@ class _Load:
         others = Others(self._per_rank_of, saved, rank, world_size) if saved not in (0, world_size) else None
         self.target.apply(self._values, self._per_rank, others)
         skipped = self.target.per_rank_skipped
-        if skipped:
+        if skipped and saved != world_size:
             warnings.warn(
                 f"{self._path} has the per-rank values of {saved} ranks, and there are {world_size} now:"
                 + _listed("These have no rule for that and stay as they were", skipped)

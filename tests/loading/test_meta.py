@@ -112,3 +112,15 @@ def test_a_target_that_fits_on_one_rank_only_is_an_error_on_each_and_touches_non
     assert all(untouched for _, untouched in results)
     assert names in results[1][0]
     assert "rank 1" in results[0][0]
+
+
+def test_a_sub_module_is_loaded_under_its_name_in_the_checkpoint(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "decoder": nn.Linear(4, 2)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    model["decoder"](model["encoder"](torch.ones(1, 4))).sum().backward()
+    optimizer.step()
+    ckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    part = nn.Linear(4, 4, dtype=torch.bfloat16, device="meta")
+    result = ckpt.load({"model": {"encoder": part}}, tmp_path / "c", cast=True)
+    assert torch.equal(part.weight, model["encoder"].weight.bfloat16())
+    assert result.bytes_needed == (4 * 4 + 4) * 4  # as stored

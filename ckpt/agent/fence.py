@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ckpt.state.dtensor import local_tensor
 from ckpt.state.entries import entries_of
+from ckpt.state.optimizers import state_of
 from ckpt_formats.errors import SaveFailedError
 
 log = logging.getLogger("ckpt")
@@ -105,10 +106,11 @@ class Fence:
                 self._hooked.add(optimizer)
                 optimizer.register_step_pre_hook(self._before_step)
             owner = (weakref.ref(optimizer), entry.key)
+            state = state_of(optimizer)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     owned[_address(parameter)] = owner
-                    slots = optimizer.state.get(parameter)
+                    slots = state.get(parameter)
                     for value in (slots or {}).values():
                         if isinstance(value, torch.Tensor):
                             owned[_address(value)] = owner

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from ckpt.state import flatten
 from ckpt.state.dtensor import local_tensor
 from ckpt.state.entries import entries_of
+from ckpt.state.optimizers import state_of
 
 _SLACK = 1 << 20
 """Bytes for headers and plain values."""
@@ -35,9 +36,10 @@ def expected_bytes(state: Mapping[str, object], world_size: int) -> int:
         optimizer = entry.value
         if entry.kind != "optimizer" or not isinstance(optimizer, torch.optim.Optimizer):
             continue
+        state = state_of(optimizer)
         for group in optimizer.param_groups:
             slots = _slots(group)
-            missing += sum(slots * _nbytes(p) for p in group["params"] if p not in optimizer.state)
+            missing += sum(slots * _nbytes(p) for p in group["params"] if p not in state)
     return share + (missing * share // held if held else 0) + _SLACK
 
 

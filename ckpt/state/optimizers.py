@@ -231,7 +231,8 @@ def is_zero(optimizer: torch.optim.Optimizer) -> bool:
 
 def state_of(optimizer: Any) -> Any:
     """Parameter -> slots, where the optimizer has them: a ZeroRedundancyOptimizer, in the one that it has made."""
-    return optimizer.optim.state if is_zero(optimizer) else optimizer.state
+    inner = getattr(optimizer, "optim", None) if is_zero(optimizer) else None
+    return optimizer.state if inner is None else inner.state
 
 
 def keeps(optimizer: Any, parameter: torch.Tensor, parameters: Parameters) -> bool:

@@ -132,6 +132,27 @@ def test_each_cut_loads_what_others_saved_and_trains_on_as_one_process_would(wor
     assert_loads(world, saved, 3)
 
 
+def save_while_training(rank: int, world: int, folder: str, cuts: list[str]) -> None:
+    warnings.simplefilter("ignore")
+    for cut in cuts:
+        run = trained(cut, 7, BEFORE)
+        pending = [ckpt.async_save(run.state, f"{folder}/{cut}_behind")]
+        for number in range(AFTER):
+            run.step(BEFORE + number)
+        pending.append(ckpt.async_save(run.state, f"{folder}/{cut}_after"))
+        run.step(7)
+        for save in pending:
+            save.result()
+
+
+def test_what_is_flat_or_elsewhere_is_saved_while_the_training_goes_on(saved: Path, tmp_path: Path) -> None:
+    cuts = ["fsdp1_orig", "fsdp1_flat", "fsdp1_flat_grad_op", "zero1", "pp2_stages2"]
+    run_ranks(save_while_training, 2, str(tmp_path), cuts, timeout=120)
+    for cut in cuts:
+        assert_same(tmp_path / f"{cut}_behind", saved / "single")
+        assert_same(tmp_path / f"{cut}_after", saved / "unbroken")
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("world", WORLDS)

@@ -106,11 +106,11 @@ class Fence:
                 self._hooked.add(optimizer)
                 optimizer.register_step_pre_hook(self._before_step)
             owner = (weakref.ref(optimizer), entry.key)
-            state = state_of(optimizer)
+            kept = state_of(optimizer)
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     owned[_address(parameter)] = owner
-                    slots = state.get(parameter)
+                    slots = kept.get(parameter)
                     for value in (slots or {}).values():
                         if isinstance(value, torch.Tensor):
                             owned[_address(value)] = owner

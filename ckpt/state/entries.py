@@ -83,6 +83,11 @@ def _kind_of(kind: type) -> str:
         return "tensor"
     if issubclass(kind, PerRank | RNG):
         return "per_rank"
+    if kind.__module__.startswith("deepspeed.runtime."):
+        raise StateError(
+            f"a {kind.__qualname__} of DeepSpeed is in the state, which keeps its parts in a way that is not known "
+            "here; save with engine.save_checkpoint, or give what each rank has of each slot as ckpt.Shard.flat"
+        )
     if callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None)):
         return "stateful"
     return "value"

@@ -38,6 +38,7 @@ _TRANSPARENT = {
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
 _MARKS = "_ckpt_marks"
+_NOTHING = torch.Size((0,))
 _FSDP1 = "FullyShardedDataParallel"
 _FSDP2 = "FSDPModule"
 
@@ -272,6 +273,13 @@ def _enter_parameters(module: nn.Module, prefix: str, found: ModuleState, flats:
         if sharded:
             parameter = sharded.get((id(module), name), parameter)  # noqa: PLW2901
         fqn = prefix + name
+        lazy: bool = nn.parameter.is_lazy(parameter)
+        if not lazy and parameter.shape == _NOTHING and hasattr(parameter, "ds_tensor"):
+            raise StateError(
+                f"the parameter {fqn!r} is cut by DeepSpeed (ZeRO stage 3), which is not known here; save with "
+                "engine.save_checkpoint, or give what each rank has of it as ckpt.Shard.flat",
+                tensor=fqn,
+            )
         found.parameters.setdefault(id(parameter), fqn)
         if marked and name in marked:
             found.cuts[id(parameter)] = _enter_marked(found, fqn, parameter, marked[name], members=members)

@@ -212,6 +212,25 @@ def test_lazy_modules_have_no_state_before_they_ran() -> None:
     assert set(flatten({"model": model}).tensors) == {"model.0.weight", "model.0.bias"}
 
 
+def test_deepspeed_is_refused_with_the_way_out() -> None:
+    # by what shows it: it is not among what the tests need
+    class DeepSpeedZeroOptimizer:
+        __module__ = "deepspeed.runtime.zero.stage_1_and_2"
+
+        def state_dict(self) -> dict[str, object]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, object]) -> None: ...
+
+    with pytest.raises(StateError, match=r"DeepSpeedZeroOptimizer of DeepSpeed.*engine\.save_checkpoint"):
+        flatten({"optimizer": DeepSpeedZeroOptimizer()})
+    layer = nn.Linear(3, 2)
+    layer.weight = nn.Parameter(torch.empty(0))
+    layer.weight.ds_tensor = torch.zeros(3)
+    with pytest.raises(StateError, match=r"'weight' is cut by DeepSpeed.*ckpt\.Shard\.flat"):
+        flatten({"model": layer})
+
+
 def test_scripted_modules_are_walked_like_others() -> None:
     inner = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     saved = save({"model": inner})

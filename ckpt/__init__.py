@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ckpt import events
-    from ckpt.agent.saver import PendingSave
+    from ckpt.agent.pending import PendingSave
     from ckpt.api import async_save, load, open, save
     from ckpt.levels.policies import Any, BestN, EveryN, LatestN
     from ckpt.levels.tiers import Disk, Remote
@@ -65,7 +65,7 @@ _HOMES = {
     "EveryN": "ckpt.levels.policies",
     "LatestN": "ckpt.levels.policies",
     "LoadResult": "ckpt.loading.load",
-    "PendingSave": "ckpt.agent.saver",
+    "PendingSave": "ckpt.agent.pending",
     "PerRank": "ckpt.state",
     "Remote": "ckpt.levels.tiers",
     "Sampler": "ckpt.sampler",

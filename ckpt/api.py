@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from ckpt.agent.saver import AsyncSaver, CaptureMode, PendingSave
+from ckpt.agent.pending import PendingSave
+from ckpt.agent.saver import AsyncSaver, CaptureMode
 from ckpt.collective import ProcessGroup
 from ckpt.loading.load import LoadResult
 from ckpt.loading.load import load as _load

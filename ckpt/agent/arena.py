@@ -103,6 +103,9 @@ class MappedArena:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             self._map = mmap.mmap(fd, os.fstat(fd).st_size, flags=_FLAGS)
+            if hasattr(mmap, "MADV_DONTFORK"):
+                # a data loader's workers would hold the memory for as long as they live
+                self._map.madvise(mmap.MADV_DONTFORK)
         finally:
             os.close(fd)
 

@@ -213,6 +213,8 @@ class AgentClient:
         path: str,
         step: int | None,
         *,
+        begin: int = 0,
+        keep: bool = False,
         more: bool = False,
         compress: Compress = False,
         bandwidth: float | None = None,
@@ -220,9 +222,10 @@ class AgentClient:
         """Hand a filled slot to the agent, for the checkpoint in folder `path`.
 
         Args:
-            nbytes: what lies in it.
-            files: the files that begin in it, with their chunks.
-            more: whether another slot will go on where this one ends; until then, the rank is not done.
+            nbytes: what lies in it, from byte `begin` of the slot on, at a page.
+            files: the files that begin there, with their chunks.
+            keep: whether the slot stays this rank's, for more will be handed over in it.
+            more: whether more of the part will come, where this ends; until then, the rank is not done.
             compress, bandwidth: see ckpt.async_save.
         """
         self._ask(
@@ -232,7 +235,9 @@ class AgentClient:
                 "save": save,
                 "arena": slot.arena,
                 "slot": slot.start,
+                "begin": begin,
                 "bytes": nbytes,
+                "keep": keep,
                 "files": files,
                 "path": path,
                 "step": step,

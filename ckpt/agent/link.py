@@ -72,11 +72,13 @@ class Link:
             with self._lock:
                 self._active -= 1
                 self._bytes += nbytes
-                if not self._active:
-                    self._busy += time.monotonic() - self._since
-                    if self._bytes > REMEMBERED:
-                        self._bytes //= 2
-                        self._busy /= 2
+                # not only when all is quiet: on slow storage it never is
+                now = time.monotonic()
+                self._busy += now - self._since
+                self._since = now
+                if self._bytes > REMEMBERED:
+                    self._bytes //= 2
+                    self._busy /= 2
 
 
 class LinkedFiles(Files):

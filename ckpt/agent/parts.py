@@ -31,11 +31,15 @@ class Piece(NamedTuple):
 
     arena: Arena
     slot: int
+    offset: int
+    """Where in the slot it begins, at a page."""
     begin: Sequence[CapturedFile]
     """Files that begin in it; without any, it goes on with the one before."""
     nbytes: int
     compress: bool | str = False
     """"auto" for as long as the link is slow."""
+    keep: bool = False
+    """Whether more will come in this slot, which is not given back."""
 
 
 class Output:
@@ -44,14 +48,16 @@ class Output:
     Attributes:
         files: the file system, by way of the link.
         link: how fast it is, and may be.
+        staging: buffers that bytes are written from.
+        turn: held by a part while it writes.
     """
 
     def __init__(self, files: Files) -> None:
         self.link = Link()
         self.files = LinkedFiles(files, self.link)
         self.turn = threading.Semaphore(AT_ONCE)
+        self.staging = Staging()
         self._compressing = threading.Lock()
-        self._staging: Staging | None = None
 
     def write_compressed(self, folder: str, captured: CapturedFile, memory: memoryview) -> WrittenFile:
         """Write a file that lies whole in memory, compressed: one at a time, by all CPUs. Raises OSError."""
@@ -60,8 +66,7 @@ class Output:
             for chunk in captured.chunks
         ]
         with self._compressing:
-            self._staging = self._staging or Staging()
-            return write_data_file(self.files, folder, captured.path, chunks, self._staging, compress=True)
+            return write_data_file(self.files, folder, captured.path, chunks, self.staging, compress=True)
 
 
 class PartWriter:
@@ -134,13 +139,14 @@ class PartWriter:
                 # whoever hears of it finds nothing left behind
                 self.failure = error
             finally:
-                self._release(what.arena, what.slot)
+                if not what.keep:
+                    self._release(what.arena, what.slot)
         return what
 
     def _write(self, piece: Piece, stack: contextlib.ExitStack) -> None:
-        memory = piece.arena.view(piece.slot, piece.nbytes)
+        memory = piece.arena.view(piece.slot + piece.offset, piece.nbytes)
         if not piece.begin and piece.nbytes:
-            self._go_on(memory, piece.nbytes, stack)
+            self._go_on(memory, piece, piece.nbytes, stack)
         at = 0
         for captured in piece.begin:
             self._names.append(FileNames.of([chunk.name for chunk in captured.chunks]))
@@ -148,10 +154,11 @@ class PartWriter:
                 self._written.append(self._output.write_compressed(self._path, captured, memory[at:]))
                 at += -(-captured.size // ALIGNMENT) * ALIGNMENT
                 continue
-            self._writer = stack.enter_context(FileWriter(self._output.files, self._path, captured))
+            writer = FileWriter(self._output.files, self._path, captured, self._output.staging)
+            self._writer = stack.enter_context(writer)
             self._left = captured.size
             count = min(captured.size, piece.nbytes - at)
-            self._go_on(memory[at:], count, stack)
+            self._go_on(memory[at:], piece, count, stack)
             at += -(-count // ALIGNMENT) * ALIGNMENT
 
     def _compresses(self, piece: Piece, captured: CapturedFile) -> bool:
@@ -159,10 +166,10 @@ class PartWriter:
         wanted = self._output.link.slow if piece.compress == "auto" else bool(piece.compress)
         return wanted and captured.size <= piece.nbytes
 
-    def _go_on(self, memory: memoryview, nbytes: int, stack: contextlib.ExitStack) -> None:
+    def _go_on(self, memory: memoryview, piece: Piece, nbytes: int, stack: contextlib.ExitStack) -> None:
         if self._writer is None:
             raise AssertionError("a part begins with a file")
-        self._writer.write(memory, nbytes)
+        self._writer.write(memory, nbytes, keeps=piece.keep)
         self._left -= nbytes
         if not self._left:
             self._written.append(self._writer.finish())

@@ -285,8 +285,15 @@ class Agent:
             for path, header, size, chunks in message["files"]
         ]
         self._output.link.limit(message["bandwidth"])
-        arena = self._arenas[message["arena"]]
-        return Piece(arena, int(message["slot"]), files, int(message["bytes"]), message["compress"])
+        return Piece(
+            self._arenas[message["arena"]],
+            int(message["slot"]),
+            int(message["begin"]),
+            files,
+            int(message["bytes"]),
+            compress=message["compress"],
+            keep=bool(message["keep"]),
+        )
 
     def _part(self, message: Message) -> PartWriter:
         """What writes a rank's part of a save. Raises what has kept it from writing."""
@@ -297,7 +304,9 @@ class Agent:
             if part is not None and part.failure is not None:
                 raise SaveFailedError(f"{path}: rank {rank}'s part could not be written: {part.failure}", path=path)
         except BaseException:
-            self._release(self._arenas[message["arena"]], int(message["slot"]))
+            # a slot that is to be kept, the rank is perhaps still writing to: it gives it back itself
+            if not message["keep"]:
+                self._release(self._arenas[message["arena"]], int(message["slot"]))
             raise
         if part is None:
             with self._changed:

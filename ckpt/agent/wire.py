@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
+import weakref
 from typing import Any
 
 from ckpt_formats import errors
@@ -46,7 +48,9 @@ class Channel:
         except OSError as error:
             connection.close()
             raise gone(name, error) from error
-        return cls(connection, name)
+        channel = cls(connection, name)
+        _connected.add(channel)
+        return channel
 
     def send(self, message: Message) -> None:
         """Send a message. Raises OSError."""
@@ -115,6 +119,23 @@ class Channel:
                 return None
             parts += part
         return bytes(parts)
+
+
+_connected: weakref.WeakSet[Channel] = weakref.WeakSet()
+"""The channels of this process to agents."""
+
+
+def _leave_to_parent() -> None:
+    """In a process that was forked off, of a data loader, say: the agent must see when the trainer dies, though this
+    one lives on; and what it closes, it must not close for the trainer.
+    """
+    for channel in list(_connected):
+        # not shut down, which it would be for both
+        channel._connection.close()
+    _connected.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _within(count: int, limit: int) -> int:

@@ -17,7 +17,8 @@ from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from ckpt.agent.saver import AsyncSaver, PendingSave
+from ckpt.agent.pending import PendingSave
+from ckpt.agent.saver import AsyncSaver
 from ckpt.levels.claim import Claim
 from ckpt.levels.flow import STATUS
 from ckpt.levels.record import write_levels

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -25,8 +25,10 @@ from ckpt.storage.files import ALIGNMENT
 from ckpt_formats.errors import SaveFailedError
 from ckpt_formats.safetensors_file import FileLayout
 
-BATCH = 64 << 20
+BATCH = 16 << 20
 """Bytes that are copied by one call, between which the thread lets others run."""
+ROOMS = 8
+"""Places in an arena of which a form keeps the rooms."""
 
 _COPIED = frozenset(
     getattr(torch, name)
@@ -79,12 +81,21 @@ class Form:
         They are kept, for making them costs as much as all the rest of a save.
         """
         if arena != self._arena:
+            self.forget_rooms()
             self._arena = arena
-            self._rooms = {}
         if start not in self._rooms:
+            if len(self._rooms) == ROOMS:
+                del self._rooms[next(iter(self._rooms))]
             self._rooms[start] = self._make_rooms(memory)
         return self._rooms[start]
 
+    def forget_rooms(self) -> None:
+        """Let go of the memory of slots: as long as one is referred to, its whole arena stays mapped."""
+        self._arena = None
+        self._rooms = {}
+
+    # they outlive this call, and whatever mode it is made in
+    @torch.inference_mode(False)
     def _make_rooms(self, memory: memoryview) -> list[torch.Tensor | None]:
         rooms: list[torch.Tensor | None] = []
         for (chunk, at), dtype in zip(self.places(), self._dtypes, strict=True):
@@ -110,10 +121,21 @@ def _copied_as(chunk: Chunk) -> torch.dtype | None:
     return source.tensor.dtype
 
 
+class _Batch(NamedTuple):
+    """What is copied by one call."""
+
+    start: int
+    """Where in the slot its first room begins."""
+    pairs: _Pairs
+    versions: Sequence[int]
+    """Of the sources, when the capture began."""
+
+
 class Capture:
     """One rank's part of one save on its way into a slot: `begin` where the training waits, then `finish` in a thread.
 
-    What is copied lazily is copied within the context `during`.
+    Whoever needs the tensors before that is done does not wait for the thread, which may have much else to do, but
+    copies what it has not begun with.
     """
 
     def __init__(
@@ -124,86 +146,145 @@ class Capture:
         rooms: Sequence[torch.Tensor | None],
         during: AbstractContextManager[object],
     ) -> None:
-        """Args: `sources`: of each chunk of the form; `rooms`: of the form, in `memory`, the slot."""
+        """Args:
+        sources: of each chunk of the form.
+        memory: the slot.
+        rooms: of the form, in the slot.
+        during: a context for what is copied lazily.
+        """
         self._form = form
         self._sources = sources
         self._memory = memory
         self._rooms = rooms
         self._during = during
-        self._later: _Pairs = []
-        self._versions: list[int] = []
+        self._lock = threading.Lock()
+        self._batches: Sequence[_Batch] = ()
+        """What is copied lazily."""
+        self._next = 0
+        """The first batch that nobody copies yet."""
+        self._in_hand: set[int] = set()
+        self._failure: BaseException | None = None
         self._side: SideCopies | None = None
         """Copies from GPUs."""
-        self._changed: torch.Tensor | None = None
         self._judged = False
-        self._lock = threading.Lock()
         self._started = threading.Event()
-        """All is copied, or failed, but for what GPUs still copy."""
+        """All is copied, but for what GPUs still copy; or it has failed."""
 
     def begin(self, lazily: Callable[[torch.Tensor], bool]) -> None:
         """Copy everything but the tensors that may be copied `lazily`."""
         now: _Pairs = []
+        later: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         others = []
         for position, (source, room) in enumerate(zip(self._sources, self._rooms, strict=True)):
             if room is None or not isinstance(source, TensorSource):
                 others.append(position)
             elif lazily(source.tensor):
-                self._later.append((room, source.tensor))
+                later.append((position, room, source.tensor))
             else:
                 now.append((room, source.tensor))
-        self._versions = [source._version for _, source in self._later]
-        on_gpus = [source for _, source in (*now, *self._later) if on_gpu(source)]
-        if on_gpus:
-            self._side = SideCopies(on_gpus)
-        if others:
+        if others or later:
             places = list(self._form.places())
             for position in others:
                 chunk, at = places[position]
                 self._sources[position].read(0, chunk.nbytes, self._memory[at : at + chunk.nbytes])
+            self._batches = _batches([(places[position][1], room, source) for position, room, source in later])
+        on_gpus = [source for _, source in now if on_gpu(source)] + [source for *_, source in later if on_gpu(source)]
+        if on_gpus:
+            self._side = SideCopies(on_gpus)
         self._copy(now)
         if self._side is not None:
             # the host goes on at once; what it has the GPU do next comes after these copies
             self._side.hold()
-        if not self._later:
+        if not self._batches:
             self._started.set()
 
-    def finish(self) -> None:
-        """Copy the rest, and what lies between the chunks.
+    def finish(self, ready: Callable[[int], None], timeout: float) -> None:
+        """Copy the rest, and what lies between the chunks. `ready` is told up to where the slot is filled, again and
+        again.
 
-        Raises SaveFailedError if a tensor was changed meanwhile.
+        Raises SaveFailedError if a tensor was changed meanwhile, or if another thread did not finish what it copies.
         """
-        try:
-            with self._during if self._later else nullcontext():
-                self._copy(self._later)
-                if self._side is not None:
-                    self._started.set()
-                    self._side.wait()
-            self._judge()
-            if self._changed is not None:
-                raise SaveFailedError(
-                    f"a tensor of shape {list(self._changed.shape)} was changed while it was captured, by something "
-                    "other than its optimizer's step; wait for pending.captured() before changing it, or pass "
-                    'capture="eager"'
-                )
-        finally:
-            self._started.set()
         for laid in self._form.files:
             self._frame(laid)
+        if self._batches:
+            with self._during:
+                while self._copy_next():
+                    if self._side is None:
+                        ready(self._filled())
+                self.help(timeout)
+        if self._side is not None:
+            self._side.wait()
+            self._judge()
+        if self._failure is not None:
+            raise self._failure
+        self._let_go()
 
-    def settle(self, timeout: float | None = None) -> None:
-        """Let the training change any tensor from now on: wait until all is copied, or until what the training has GPUs
-        do next will wait for that; on the training's thread. Raises SaveFailedError after `timeout` seconds.
+    def settle(self, timeout: float) -> None:
+        """Let the training change any tensor from now on: when all is copied, or what the training has GPUs do next
+        will wait for that, or the capture has failed; on the training's thread.
+
+        Raises SaveFailedError after `timeout` seconds.
         """
-        if not self._started.wait(timeout):
-            raise SaveFailedError(f"a capture was not done within {timeout} s; the machine may be overloaded")
+        self.help(timeout)
         if self._side is not None:
             self._judge()
             self._side.hold()
+
+    def help(self, timeout: float) -> None:
+        """Copy what nobody copies yet, and wait for what others copy. Raises SaveFailedError after `timeout` seconds."""
+        while self._copy_next():
+            pass
+        if not self._started.wait(timeout):
+            raise SaveFailedError(f"a capture was not done within {timeout} s; the machine may be overloaded")
+
+    def stop(self, why: BaseException, timeout: float) -> None:
+        """It has failed: nothing more is copied, and when this returns, nobody writes to the slot."""
+        with self._lock:
+            self._failure = self._failure or why
+            if not self._in_hand:
+                self._started.set()
+        self._started.wait(timeout)
+        if self._side is not None:
+            self._side.wait()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Nothing here shall keep the tensors, which the model may not need any more."""
+        self._batches, self._sources, self._rooms = (), (), ()
 
     @property
     def copied(self) -> bool:
         """Whether everything is copied, or the capture has failed."""
         return self._started.is_set() and (self._side is None or self._side.done())
+
+    def _copy_next(self) -> bool:
+        """Copy a batch; False if there is none left."""
+        with self._lock:
+            if self._failure is not None or self._next >= len(self._batches):
+                return False
+            number = self._next
+            batch = self._batches[number]
+            self._next += 1
+            self._in_hand.add(number)
+        failure: BaseException | None = None
+        try:
+            self._copy(batch.pairs)
+            if self._side is None:
+                # before anybody who waits may change them
+                _require_unchanged(batch)
+        except BaseException as error:
+            failure = error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            with self._lock:
+                self._in_hand.discard(number)
+                if failure is not None:
+                    self._failure = failure
+                over = self._failure is not None or self._next == len(self._batches)
+                if over and not self._in_hand:
+                    self._started.set()
+        return failure is None
 
     def _copy(self, pairs: _Pairs) -> None:
         """Copy pairs on CPUs; have those on GPUs copied."""
@@ -214,14 +295,22 @@ class Capture:
         _copy([pair for pair in pairs if not on_gpu(pair[1])])
 
     def _judge(self) -> None:
-        """Once, before the training may change tensors: find one that was changed too early."""
+        """Once, before the training may change tensors on GPUs: find one that was changed too early."""
         with self._lock:
             if self._judged:
                 return
             self._judged = True
-            for (_, source), version in zip(self._later, self._versions, strict=True):
-                if source._version != version:
-                    self._changed = source
+            try:
+                for batch in self._batches:
+                    _require_unchanged(batch)
+            except SaveFailedError as error:
+                self._failure = self._failure or error
+
+    def _filled(self) -> int:
+        """Up to where the slot is filled."""
+        with self._lock:
+            first = min(self._in_hand, default=self._next)
+            return self._batches[first].start if first < len(self._batches) else self._form.nbytes
 
     def _frame(self, laid: Laid) -> None:
         """Write the header, and zeros between the chunks: the slot may hold another file's bytes."""
@@ -259,20 +348,54 @@ def fill(laid: Laid, sources: Sequence[Readable], at: int, memory: memoryview) -
     memory[filled - at :] = bytes(end - filled)
 
 
-@torch.no_grad()
-def _copy(pairs: _Pairs) -> None:
-    """Copy pairs (room, source), batches of BATCH bytes by one call each: a call per tensor would slow the main
+def _batches(later: Sequence[tuple[int, torch.Tensor, torch.Tensor]]) -> list[_Batch]:
+    """Divide (where it begins, room, source) into batches of BATCH bytes: a call per tensor would slow the main
     thread.
     """
-    rooms: list[torch.Tensor] = []
-    sources: list[torch.Tensor] = []
-    size = 0
-    for room, source in pairs:
-        rooms.append(room)
-        sources.append(source)
-        size += source.nbytes
-        if size >= BATCH:
-            torch._foreach_copy_(rooms, sources)
-            rooms, sources, size = [], [], 0
-    if rooms:
-        torch._foreach_copy_(rooms, sources)
+    batches: list[_Batch] = []
+    pairs: _Pairs = []
+    start = size = 0
+    for whole in later:
+        for at, room, source in _parts(*whole):
+            if not pairs:
+                start = at
+            pairs.append((room, source))
+            size += source.nbytes
+            if size >= BATCH:
+                batches.append(_Batch(start, pairs, _versions(pairs)))
+                pairs, size = [], 0
+    if pairs:
+        batches.append(_Batch(start, pairs, _versions(pairs)))
+    return batches
+
+
+def _parts(at: int, room: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """A large tensor in parts, if its memory can be divided."""
+    if source.nbytes < 2 * BATCH or not source.is_contiguous():
+        yield at, room, source
+        return
+    room, source = room.view(-1), source.view(-1)
+    count = BATCH // source.element_size()
+    for first in range(0, source.numel(), count):
+        start = at + first * source.element_size()
+        yield start, room[first : first + count], source[first : first + count]
+
+
+def _versions(pairs: _Pairs) -> list[int]:
+    return [source._version for _, source in pairs]
+
+
+def _require_unchanged(batch: _Batch) -> None:
+    if _versions(batch.pairs) != batch.versions:
+        changed = next(s for (_, s), version in zip(batch.pairs, batch.versions, strict=True) if s._version != version)
+        raise SaveFailedError(
+            f"a tensor of shape {list(changed.shape)} was changed while it was captured, by something other than its "
+            'optimizer\'s step; wait for pending.captured() before changing it, or pass capture="eager"'
+        )
+
+
+@torch.no_grad()
+def _copy(pairs: _Pairs) -> None:
+    """Copy pairs (room, source)."""
+    if pairs:
+        torch._foreach_copy_([room for room, _ in pairs], [source for _, source in pairs])

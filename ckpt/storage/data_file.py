@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import mmap
 import queue
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,14 +80,15 @@ class Staging:
     def __init__(self, count: int = BUFFERS, size: int = BUFFER) -> None:
         self.size = size
         self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        self._lock = threading.Lock()
         self._unmade = count
 
     def acquire(self) -> mmap.mmap:
         """A buffer; waits for one to be released when all are in use."""
-        if self._unmade and self._free.empty():
-            self._unmade -= 1
-            return scratch(self.size)
-        return self._free.get()
+        with self._lock:
+            makes = self._unmade > 0 and self._free.empty()
+            self._unmade -= makes
+        return scratch(self.size) if makes else self._free.get()
 
     def release(self, buffer: mmap.mmap) -> None:
         """Give a buffer back."""

@@ -23,7 +23,8 @@ import torch.distributed as dist
 import ckpt
 from ckpt.agent import client
 from ckpt.agent.homes import make_home
-from ckpt.agent.saver import AsyncSaver, PendingSave
+from ckpt.agent.pending import PendingSave
+from ckpt.agent.saver import AsyncSaver
 from ckpt.collective import Collective
 from ckpt.saving import capture as capturing
 from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError, SaveFailedError

@@ -17,7 +17,8 @@ import torch
 from torch import distributed
 
 import ckpt
-from ckpt.agent.saver import AsyncSaver, PendingSave
+from ckpt.agent.pending import PendingSave
+from ckpt.agent.saver import AsyncSaver
 from tests.crash.agents import Agents
 from tests.crash.runs import quick_folder, saver
 from tests.ranks import run_ranks

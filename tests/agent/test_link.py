@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -85,6 +86,18 @@ def test_a_link_that_becomes_fast_is_known_to_be() -> None:
     assert link.slow
     link.do(lambda: time.sleep(0.05), 1 << 30)
     assert not link.slow
+
+
+def test_a_link_that_is_never_idle_is_known_to_be_slow() -> None:
+    """As it is where saves follow each other faster than they are written."""
+    link = Link()
+    over = threading.Event()
+    first = threading.Thread(target=link.do, args=(lambda: over.wait(60), 1))
+    first.start()
+    link.do(lambda: time.sleep(0.2), 16 * MIB)
+    assert link.slow
+    over.set()
+    first.join()
 
 
 def test_what_was_asked_for_is_compressed_whatever_the_link(tmp_path: Path) -> None:

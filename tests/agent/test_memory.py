@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -15,10 +16,11 @@ import pytest
 import torch
 
 import ckpt
-from ckpt.agent import client
+from ckpt.agent import client, parcel
 from ckpt.agent.client import AgentClient
 from ckpt.agent.saver import AsyncSaver
 from ckpt.collective import Collective
+from ckpt.saving import capture as capturing
 from ckpt.storage.files import File, Files
 from ckpt_formats.errors import CheckpointNotFoundError, ConfigurationError, RankError, SaveFailedError
 from ckpt_formats.verify import verify
@@ -141,6 +143,104 @@ def test_a_disk_that_fills_up_between_pieces_fails_the_save_and_leaves_nothing(t
         assert not (tmp_path / "run").exists()
         # the memory is free again
         saver.save({"w": torch.zeros(100_000)}, tmp_path / "run" / "c").wait(60)
+
+
+def test_a_tensor_that_cannot_be_read_gives_its_memory_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = ckpt.saving.sources.TensorSource.read
+    reads = 0
+
+    def failing(self: Any, start: int, stop: int, into: memoryview) -> None:
+        nonlocal reads
+        reads += 1
+        if reads % 3 == 0:
+            raise RuntimeError("the device is gone")
+        read(self, start, stop, into)
+
+    monkeypatch.setattr(ckpt.saving.sources.TensorSource, "read", failing)
+    state = {"w": torch.randn(600_000)}
+    with with_memory(tmp_path, Files(), 1 * MIB) as saver:
+        # more often than there are pieces
+        for k in range(6):
+            with pytest.raises(RuntimeError, match="the device is gone"):
+                saver.save(state, tmp_path / "run" / str(k))
+        monkeypatch.undo()
+        saver.save(state, tmp_path / "run" / "a").wait(60)
+    assert os.listdir(tmp_path / "run") == ["a"]
+
+
+def test_memory_that_was_outgrown_is_given_back(tmp_path: Path) -> None:
+    with agent_here(tmp_path, Files()) as saver:
+        for k, count in enumerate((10_000, 100_000, 1_000_000)):
+            model = torch.nn.Linear(1, count)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for again in "ab":
+                optimizer.step()
+                saver.save({"model": model, "optimizer": optimizer}, tmp_path / f"{k}{again}").wait(60)
+        mine = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "home") in line]
+        assert mine
+        assert [line for line in mine if "deleted" in line] == []
+
+
+def test_the_agent_writes_while_the_rest_is_still_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parcel, "STREAMED", MIB)
+    monkeypatch.setattr(capturing, "BATCH", MIB)
+    model = torch.nn.Module()
+    for k in range(6):
+        model.register_parameter(f"w{k}", torch.nn.Parameter(torch.randn(MIB // 4 + 100 * k + 3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    ckpt.save(state, tmp_path / "sync")
+    data = tmp_path / "a" / "data"
+    copy = capturing._copy
+    batches = 0
+
+    def slowly(pairs: list[Any]) -> None:
+        nonlocal batches
+        if threading.current_thread().name == "ckpt-capture":
+            batches += 1
+            if batches == 5:
+                until(lambda: data.is_dir() and any(f.stat().st_size >= MIB for f in data.iterdir()), "some bytes")
+        copy(pairs)
+
+    monkeypatch.setattr(capturing, "_copy", slowly)
+    with agent_here(tmp_path, Files()) as saver:
+        saver.save(state, tmp_path / "a").wait(60)
+        assert batches >= 5
+    same(tmp_path / "sync", tmp_path / "a")
+    assert verify(tmp_path / "a").intact
+
+
+def test_a_change_found_when_a_part_is_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parcel, "STREAMED", MIB)
+    monkeypatch.setattr(capturing, "BATCH", MIB)
+    model = torch.nn.Module()
+    for k in range(6):
+        model.register_parameter(f"w{k}", torch.nn.Parameter(torch.zeros(MIB // 4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {"model": model, "optimizer": optimizer}
+    data = tmp_path / "run" / "0" / "data"
+    copy = capturing._copy
+
+    def late(pairs: list[Any]) -> None:
+        copy(pairs)
+        if pairs and pairs[0][1].data_ptr() == model.w4.data_ptr() and not model.w4[0]:
+            until(lambda: data.is_dir() and any(f.stat().st_size >= MIB for f in data.iterdir()), "some bytes")
+            with torch.no_grad():
+                model.w4 += 1
+
+    monkeypatch.setattr(capturing, "_copy", late)
+    with agent_here(tmp_path, Files()) as saver:
+        with pytest.raises(SaveFailedError, match="was changed while it was captured"):
+            saver.save(state, tmp_path / "run" / "0").wait(60)
+        assert not (tmp_path / "run").exists()
+        # as often as there is room for captures: no slot was lost
+        for k in range(1, 6):
+            optimizer.step()
+            with contextlib.suppress(SaveFailedError):
+                saver.save(state, tmp_path / "run" / str(k)).wait(60)
+        same_as = tmp_path / "run" / "5"
+        with ckpt.open(same_as) as checkpoint:
+            assert (checkpoint["model.w4"][:] == 1).all()
 
 
 def die_between_pieces(rank: int, world_size: int, folder: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import ckpt
 from ckpt.agent.saver import AsyncSaver
-from tests.agent.test_async_save import agents, until
+from tests.agent.test_async_save import until
 from tests.ranks import Killed, run_ranks
 
 
@@ -20,7 +20,6 @@ def train_and_fork(rank: int, world_size: int, folder: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     state = {"model": model, "optimizer": optimizer}
     saver = AsyncSaver()
-    pid = 0
     for k in range(4):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -29,20 +28,31 @@ def train_and_fork(rank: int, world_size: int, folder: str) -> None:
         if k == 1:
             pid = os.fork()
             if not pid:
-                # it has the optimizer, in the middle of a capture, and the saver, and ends in good order
+                # nobody who ends the rank ends this one, but the test does
+                os.setsid()
+                # it has the optimizer, in the middle of a capture, and the saver, which it closes
                 optimizer.step()
                 saver.close()
                 time.sleep(1000)
+            (Path(folder) / "pid").write_text(str(pid))
     saver.save(state, f"{folder}/last").wait(60)
-    os.kill(pid, 0)
+    (Path(folder) / "agent").write_text(os.path.dirname(saver.agent.address if saver.agent else ""))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_forked_worker_neither_disturbs_the_saves_nor_keeps_the_agent(tmp_path: Path) -> None:
-    before = agents()
-    (result,) = run_ranks(train_and_fork, 1, str(tmp_path), allow_death=True)
-    assert isinstance(result, Killed)
-    for name in ("0", "1", "2", "3", "last"):
-        with ckpt.open(tmp_path / name) as checkpoint:
-            assert checkpoint["model.weight"].shape == (1000, 1000)
-    until(lambda: agents() <= before, "the agent to end though the worker holds on")
+    try:
+        (result,) = run_ranks(train_and_fork, 1, str(tmp_path), allow_death=True)
+        assert isinstance(result, Killed)
+        for name in ("0", "1", "2", "3", "last"):
+            with ckpt.open(tmp_path / name) as checkpoint:
+                assert checkpoint["model.weight"].shape == (1000, 1000)
+        home = Path((tmp_path / "agent").read_text())
+        until(lambda: not home.exists(), "the agent to end")
+        os.kill(worker(tmp_path), 0)
+    finally:
+        os.kill(worker(tmp_path), signal.SIGKILL)
+
+
+def worker(folder: Path) -> int:
+    return int((folder / "pid").read_text())

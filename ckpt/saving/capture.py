@@ -231,7 +231,7 @@ class Capture:
             self._side.hold()
 
     def help(self, timeout: float) -> None:
-        """Copy what nobody copies yet, and wait for what others copy. Raises SaveFailedError after `timeout` seconds."""
+        """Copy what nobody copies yet, and wait for what others copy. Raises SaveFailedError after `timeout` s."""
         while self._copy_next():
             pass
         if not self._started.wait(timeout):

@@ -243,7 +243,7 @@ def test_a_loop_that_does_not_step_is_captured_eagerly(
             check(tmp_path / "1", values)
 
 
-@pytest.mark.usefixtures("slow_copies")
+@pytest.mark.usefixtures("copied_at_once")
 def test_saves_from_within_a_step_have_the_values_of_that_moment(saver: AsyncSaver, tmp_path: Path) -> None:
     """A closure of LBFGS, and a hook that runs after ours: the fence has let them pass."""
     model = model_of()
@@ -273,7 +273,7 @@ def test_saves_from_within_a_step_have_the_values_of_that_moment(saver: AsyncSav
         check(tmp_path / str(k), values)
 
 
-@pytest.mark.usefixtures("slow_copies")
+@pytest.mark.usefixtures("copied_at_once")
 def test_a_buffer_beside_parameters_in_one_storage_is_not_the_optimizers(saver: AsyncSaver, tmp_path: Path) -> None:
     flat = torch.arange(30.0)
     model = torch.nn.Module()
@@ -288,7 +288,7 @@ def test_a_buffer_beside_parameters_in_one_storage_is_not_the_optimizers(saver: 
     check(tmp_path / "0", {"model.weight": torch.arange(10.0), "model.beside": torch.arange(10.0, 30.0)})
 
 
-@pytest.mark.usefixtures("slow_copies")
+@pytest.mark.usefixtures("copied_at_once")
 def test_parameters_of_all_kinds_that_change_in_all_ways(
     saver: AsyncSaver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,7 +320,7 @@ def test_parameters_of_all_kinds_that_change_in_all_ways(
         check(tmp_path / str(k), values)
 
 
-@pytest.mark.usefixtures("slow_copies")
+@pytest.mark.usefixtures("copied_at_once")
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_saves_in_whatever_mode(mode: Any, saver: AsyncSaver, tmp_path: Path) -> None:
     model = model_of()
@@ -389,7 +389,7 @@ def test_optimizers_are_let_go_when_the_saver_is_closed(tmp_path: Path) -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
-@pytest.mark.usefixtures("slow_copies")
+@pytest.mark.usefixtures("copied_at_once")
 def test_two_savers_of_one_state(saver: AsyncSaver, tmp_path: Path) -> None:
     model = model_of()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -23,7 +23,7 @@ ProcessGroup = dist.ProcessGroup
 
 _OK = b"\0"
 _FAILED = b"\1"
-_POLL_S = (2e-5, 0.01)
+_POLL_S = (2e-5, 0.001)
 """Seconds between looks whether a reduction is done, at first and later."""
 _LOOK_S = 0.5
 """Seconds between looks whether a rank that it needs has died."""

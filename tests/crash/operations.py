@@ -190,8 +190,8 @@ def watch_messages(watch: Watch) -> None:
     for name in ("all_gather_into_tensor", "all_reduce", "gather", "scatter", "broadcast"):
         send = getattr(distributed, name)
 
-        def watched(*args: Any, name: str = name, send: Callable[..., Any] = send, **options: Any) -> None:
-            watch.step("message", name, lambda: send(*args, **options))
+        def watched(*args: Any, name: str = name, send: Callable[..., Any] = send, **options: Any) -> Any:
+            return watch.step("message", name, lambda: send(*args, **options))
 
         setattr(distributed, name, watched)
 

@@ -48,9 +48,9 @@ class Place:
         """
         target = os.path.join(self.level.place, names.step_folder(step))
         if self._part:
-            copy_part(path, target)
+            copy_part(path, target, bandwidth=self.level.bandwidth)
         else:
-            copy(path, target)
+            copy(path, target, bandwidth=self.level.bandwidth)
         self.brought.add(step)
         if self.present is not None:
             self.present.add(step)

@@ -8,6 +8,7 @@ Saves are committed on the first; from there they flow to the others. Knows no f
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ class Remote:
     """Which checkpoints stay there; by default all."""
     options: Mapping[str, Anything] = field(default_factory=dict, repr=False)
     """For fsspec's file system, such as {"endpoint_url": …}. Handed to the agent in memory and written nowhere."""
+    bandwidth: float | None = None
+    """Bytes per second that are sent there at most, by each node; by default as many as it takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,8 @@ class Level:
     keep: Policy | None
     """None: all."""
     options: Mapping[str, Anything] = field(default_factory=dict, repr=False)
+    bandwidth: float | None = None
+    """Bytes per second that are sent there at most; None: as many as it takes."""
 
     @property
     def remote(self) -> bool:
@@ -106,6 +111,7 @@ def settle(
             every=None if said is None else every(said),
             keep=None if stays is None else _known(policy(stays)),
             options=dict(tier.options) if isinstance(tier, Remote) else {},
+            bandwidth=_bandwidth(tier) if isinstance(tier, Remote) else None,
         )
         if not main and level.every is not None and level.every.auto:
             raise StateError(
@@ -138,6 +144,15 @@ def _name(tier: Disk | Remote, before: Sequence[Level]) -> str:
     return kind if not count else f"{kind}{count + 1}"
 
 
+def _bandwidth(tier: Remote) -> float | None:
+    if tier.bandwidth is not None and not 0 < tier.bandwidth < math.inf:
+        raise StateError(
+            f"Remote({tier.url!r}): bandwidth={tier.bandwidth} is no number of bytes per second; give more than 0, or "
+            "None"
+        )
+    return tier.bandwidth
+
+
 def _known(rule: Policy) -> Policy:
     """A policy that can be told to another process: the agent prunes."""
     _policy_to_json(rule)
@@ -166,6 +181,7 @@ def levels_to_json(levels: Sequence[Level], *, options: bool) -> list[dict[str, 
             "place": level.place,
             "every": None if level.every is None else {"steps": level.every.steps, "seconds": level.every.seconds},
             "keep": None if level.keep is None else _policy_to_json(level.keep),
+            "bandwidth": level.bandwidth,
             **({"options": dict(level.options)} if options else {}),
         }
         for level in levels
@@ -181,6 +197,7 @@ def levels_from_json(tree: Sequence[Mapping[str, Anything]]) -> list[Level]:
             every=None if item["every"] is None else Every(item["every"]["steps"], item["every"]["seconds"]),
             keep=None if item["keep"] is None else _policy_from_json(item["keep"]),
             options=item.get("options", {}),
+            bandwidth=item.get("bandwidth"),
         )
         for item in tree
     ]

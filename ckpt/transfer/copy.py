@@ -62,6 +62,7 @@ def copy(
     progress: Progress | None = None,
     files: Files | None = None,
     staging: Staging | None = None,
+    bandwidth: float | None = None,
 ) -> CopyResult:
     """Copy the checkpoint in folder `source` to folder `target`, its metrics, tags and pin included.
 
@@ -74,6 +75,7 @@ def copy(
         progress: called after each buffer.
         files: what writes to folders.
         staging: buffers to copy through, AHEAD more of them than are written at once if the source is in a store.
+        bandwidth: bytes per second that are sent to a store at most; by default as many as it takes.
 
     Raises:
         CheckpointNotFoundError: no checkpoint was committed at the source.
@@ -84,7 +86,7 @@ def copy(
         StoreError: so did a store; what is said of SaveFailedError holds.
     """
     path, place = normal(source), normal(target)
-    with Operation("copy", place) as operation, open_copy(path, place, progress, files, staging) as work:
+    with Operation("copy", place) as operation, open_copy(path, place, progress, files, staging, bandwidth) as work:
         operation.step = work.root.step
         present = work.is_there()
         if not present:
@@ -104,12 +106,12 @@ def copy(
     )
 
 
-def copy_part(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
+def copy_part(source: str | os.PathLike[str], target: str | os.PathLike[str], *, bandwidth: float | None = None) -> int:
     """Of a checkpoint on node-local disks, copy what lies in one node's folder, and commit nothing: `copy` does on some
     node, when all others have brought their parts. Returns the bytes that were written now. Raises as `copy`.
     """
     path, place = normal(source), normal(target)
-    with Operation("copy", place) as operation, open_copy(path, place, None, None, None) as work:
+    with Operation("copy", place) as operation, open_copy(path, place, None, None, None, bandwidth) as work:
         operation.step = work.root.step
         if not work.is_there():
             with operation.phase("copy") as phase:

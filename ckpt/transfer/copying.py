@@ -44,9 +44,14 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def open_copy(
-    path: str, place: str, progress: Progress | None, files: Files | None, staging: Staging | None
+    path: str,
+    place: str,
+    progress: Progress | None,
+    files: Files | None,
+    staging: Staging | None,
+    bandwidth: float | None,
 ) -> Iterator[Copying]:
-    """A copy that is to be made, its source held meanwhile."""
+    """A copy that is to be made, its source held meanwhile. `bandwidth` limits what is sent to a store."""
     folder = root_folder(path)
     if not is_native(folder):
         read_root(folder)  # says what is there instead
@@ -55,7 +60,7 @@ def open_copy(
             if each == folder or is_native(each):
                 stack.enter_context(held(each))
         kind = Uploaded if is_url(place) else Copying
-        yield kind(path, folder, place, progress, files or Files(), staging or Staging(buffers(path)))
+        yield kind(path, folder, place, progress, files or Files(), staging or Staging(buffers(path)), bandwidth)
 
 
 def buffers(source: str) -> int:
@@ -73,7 +78,14 @@ class Copying:
     """
 
     def __init__(
-        self, path: str, source: str, target: str, progress: Progress | None, files: Files, staging: Staging
+        self,
+        path: str,
+        source: str,
+        target: str,
+        progress: Progress | None,
+        files: Files,
+        staging: Staging,
+        bandwidth: float | None,
     ) -> None:
         """`source` is the folder of the root, to which `path` leads."""
         self._source = source
@@ -81,6 +93,7 @@ class Copying:
         self._progress = progress
         self._files = files
         self._staging = staging
+        self._bandwidth = bandwidth
         self._manifest = _manifest_of(source)
         self._attempt = secrets.token_hex(8)
         self.root: Root = decode(self._manifest, os.path.join(source, names.MANIFEST))
@@ -329,7 +342,7 @@ class Uploaded(Copying):
         return True
 
     def _commit(self, checks: Checks, facts: Facts, part: bool) -> None:
-        with Uploading(self._target) as uploading:
+        with Uploading(self._target, self._bandwidth) as uploading:
             for path, size, segments in checks:
                 self._bring_up(uploading, path, size, list(segments))
             uploading.wait()

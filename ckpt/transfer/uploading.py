@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -37,9 +38,14 @@ class Uploading:
         found: bytes of parts that were there already, when `wait` has returned.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, bandwidth: float | None = None) -> None:
+        """Sends at most `bandwidth` bytes per second, on average over some parts; for None, as many as it can."""
         self._url = url
         self._store = ObjectStore(url)
+        self._bandwidth = bandwidth
+        self._due = 0.0
+        """When what is being sent may have been sent, by the clock that is never set."""
+        self._over = threading.Event()
         self._stack: ExitStack
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}
@@ -59,6 +65,7 @@ class Uploading:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._over.set()
         for future in self._sending:
             future.cancel()
         self._stack.close()
@@ -90,13 +97,29 @@ class Uploading:
         """Send a part when its turn comes; waits as long as too many are waiting."""
         future: Future[object]
         if upload.ordered:
-            upload.send(number, data)
+            self._send(upload, number, data)
             future = Future()
             future.set_result(True)
             return future
-        future = self._pool.submit(upload.send, number, data)
+        future = self._pool.submit(self._send, upload, number, data)
         self._await(future)
         return future
+
+    def _send(self, upload: Upload, number: int, data: bytes) -> bool:
+        """Send a part, and take the time for it that it must take at least. Whether that was needed."""
+        if self._bandwidth is None:
+            return upload.send(number, data)
+        seconds = len(data) / self._bandwidth
+        with self._lock:
+            # one after the other, whichever of the senders they are of
+            self._due = due = max(self._due, time.monotonic()) + seconds
+        needed = upload.send(number, data)
+        if needed:
+            self._over.wait(max(0.0, due - time.monotonic()))
+        else:
+            with self._lock:
+                self._due -= seconds
+        return needed
 
     def _await(self, future: Future[object]) -> None:
         self._sending.append(future)

@@ -16,6 +16,7 @@ import torch
 
 import ckpt
 from ckpt.levels.record import read_levels
+from ckpt.levels.tiers import levels_from_json, levels_to_json
 from ckpt_formats.facts import read_facts
 from ckpt_formats.runs import State, find_checkpoints
 from tests.ranks import Killed, run_ranks
@@ -74,6 +75,15 @@ def test_a_run_says_which_levels_it_has_but_not_their_secrets(tmp_path: Path) ->
     ]
     secret = ckpt.Remote("memory://bucket/run", options={"key": "secret"})
     assert "secret" not in repr(ckpt.Checkpointer(tmp_path, {}, tiers=[secret]).levels)
+
+
+def test_what_the_agent_is_told_of_levels_is_what_they_are(tmp_path: Path) -> None:
+    tiers = [
+        ckpt.Disk(every="10min", keep=ckpt.Any(2, ckpt.EveryN(6), ckpt.BestN(1, "loss"))),
+        ckpt.Remote("s3://bucket/a", every=500, options={"key": "k"}, bandwidth=50e6),
+    ]
+    levels = ckpt.Checkpointer(tmp_path, {}, tiers=tiers).levels
+    assert levels_from_json(json.loads(json.dumps(levels_to_json(levels, options=True)))) == levels
 
 
 def test_what_is_due_elsewhere_and_not_there_yet_is_not_pruned(tmp_path: Path) -> None:

@@ -348,6 +348,7 @@ def test_an_error_in_the_loop_comes_out_as_it_is(tmp_path: Path) -> None:
         ({"tiers": [ckpt.Disk(), ckpt.Disk()]}, "two levels"),
         ({"tiers": [ckpt.Disk(), ckpt.Disk("/x", every="auto")]}, "auto"),
         ({"tiers": [ckpt.Disk(), ckpt.Remote("s3://a/b", options={"x": print})]}, "options of remote"),
+        ({"tiers": [ckpt.Disk(), ckpt.Remote("s3://a/b", bandwidth=0)]}, "bandwidth=0"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_anything_happens(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from ckpt.levels.prune import prune
 from ckpt.storage.facts import update_facts
 from ckpt.storage.objects import PART, ObjectStore
 from ckpt.transfer.copy import copy, copy_run
+from ckpt.transfer.uploading import Uploading
 from ckpt_formats.errors import CheckpointExistsError, CheckpointNotFoundError, CorruptionError, StoreError
 from ckpt_formats.facts import read_facts
 from ckpt_formats.remote import configure
@@ -44,6 +46,25 @@ def _is_same(one: Path, other: Path) -> None:
     files = [file.relative_to(one) for file in one.rglob("*") if file.is_file()]
     same, _, _ = filecmp.cmpfiles(one, other, map(str, files), shallow=False)
     assert len(same) == len(files)
+
+
+def test_an_upload_keeps_to_its_bandwidth(s3: str, large: Path) -> None:
+    begin = time.monotonic()
+    result = copy(large, f"{s3}/large", bandwidth=20e6)
+    assert time.monotonic() - begin >= 0.9 * result.copied / 20e6
+    assert verify(f"{s3}/large").intact
+
+
+def test_what_is_there_already_takes_nothing_of_the_bandwidth(
+    s3: str, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = Uploading.commit
+    monkeypatch.setattr(Uploading, "commit", lambda *_: False)
+    with pytest.raises(CheckpointExistsError):
+        copy(large, f"{s3}/large")
+    monkeypatch.setattr(Uploading, "commit", commit)
+    # a byte per second
+    assert copy(large, f"{s3}/large", bandwidth=1.0).verified > 4 * PART
 
 
 def test_there_and_back_it_is_the_same_byte_for_byte(any_store: str, saved: Path, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ class Checkpointer:
         if self._lead is None:
             return [self._interruption.told, 0, *(0 for _ in self.levels)]
         due = self._lead.due(time.monotonic())
-        return [self._interruption.told, int(self._lead.failed is not None), *map(int, due)]
+        return [self._interruption.told, int(self._lead.first_failure is not None), *map(int, due)]
 
     def _save(self, step: int, levels: Sequence[str]) -> None:
         path = os.path.join(self.levels[0].place, names.step_folder(step))
@@ -292,6 +292,6 @@ class Checkpointer:
         return Note(frozenset(levels), json.loads(group.broadcast(mine)))
 
     def _failure(self) -> BaseException:
-        if self._lead is not None and self._lead.failed is not None:
-            return self._lead.failed
+        if self._lead is not None and self._lead.first_failure is not None:
+            return self._lead.first_failure
         return SaveFailedError("a save failed; rank 0 says which and why", rank=0)

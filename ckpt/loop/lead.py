@@ -60,6 +60,7 @@ class Lead:
 
     Attributes:
         failed: why the newest save that has ended failed; None if it did not.
+        first_failure: why the first save that failed did; whatever came after it.
         committed: the newest step that was committed.
 
     Raises:
@@ -69,6 +70,7 @@ class Lead:
 
     def __init__(self, run: str, levels: Sequence[Level], nodes: int, mtbf: float | None) -> None:
         self.failed: BaseException | None = None
+        self.first_failure: BaseException | None = None
         self.committed: int | None = None
         self._run = run
         self._levels = levels
@@ -166,6 +168,7 @@ class Lead:
 
     def _fail(self, step: int, error: Exception) -> None:
         self.failed = error
+        self.first_failure = self.first_failure or error
         self._failures += 1
         last = (
             f"the newest checkpoint is of step {self.committed}" if self.committed is not None else "none is saved yet"

@@ -54,6 +54,7 @@ def test_ranks_have_the_callers_folder_and_environment_and_one_thread(
 def _rank_one_raises(rank: int, world_size: int, folder: str) -> None:
     _note_pid(folder)
     if rank == 1:
+        _until(lambda: len(os.listdir(folder)) == world_size, "both ranks have started")
         raise ValueError("the reason")
     distributed.barrier()
 
@@ -95,7 +96,7 @@ def _rank_one_freezes(rank: int, world_size: int, folder: str) -> None:
 
 def test_a_frozen_rank_is_named_and_killed(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="rank 1 stands at:\n\\(it does not answer"):
-        run_ranks(_rank_one_freezes, 2, str(tmp_path), timeout=1)
+        run_ranks(_rank_one_freezes, 2, str(tmp_path), timeout=5)
     _assert_all_gone(tmp_path, 2)
 
 

@@ -92,8 +92,8 @@ def test_what_is_due_elsewhere_and_not_there_yet_is_not_pruned(tmp_path: Path) -
 
     def mend(loop: Any, step: int) -> None:
         if step == 8:
-            until(lambda: saved(tmp_path / "run")[-1:] == [7], "step 7 to be committed")
-            assert {2, 4, 6, 7} <= set(saved(tmp_path / "run"))
+            # not always in the order of the steps
+            until(lambda: {2, 4, 6, 7} <= set(saved(tmp_path / "run")), "steps 2 to 7 to be committed")
             far.unlink()
 
     train(tmp_path / "run", 9, mend, tiers=[ckpt.Disk(every=1, keep=1), ckpt.Disk(far, every=2)])

@@ -469,6 +469,31 @@ def test_failures_are_raised_on_every_rank_or_on_none(tmp_path: Path) -> None:
     assert saved(tmp_path / "other") == [1, 3, 4, 5, 6]
 
 
+def test_a_failure_that_the_next_save_makes_up_for_is_raised_nevertheless(tmp_path: Path) -> None:
+    training = Training()
+    steps = []
+
+    def fail_and_succeed(loop: ckpt.Checkpointer) -> None:
+        """The end of both saves is known before the loop asks again."""
+        lead = loop._lead
+        assert lead is not None
+        lead.begun(2, ["disk"], SaveFailedError("the disk is full"))
+        lead.begun(3, ["disk"], loop._saver.save(training.state, tmp_path / "step_00000003", step=3))
+        until(lambda: lead.committed == 3, "step 3 to be committed")
+
+    def train_on() -> None:
+        with ckpt.Checkpointer(tmp_path, training.state, every=100, on_error="raise") as loop:
+            for step in loop.steps(100):
+                steps.append(step)
+                training.step(step)
+                if step == 2:
+                    fail_and_succeed(loop)
+
+    with pytest.raises(SaveFailedError, match="full"):
+        train_on()
+    assert steps == [1, 2]
+
+
 def two_at_once(rank: int, world_size: int, folder: str) -> str | None:
     training = Training(sharded=world_size)
     try:

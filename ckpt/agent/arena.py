@@ -10,16 +10,21 @@ checkpoints.
 from __future__ import annotations
 
 import bisect
+import ctypes
 import mmap
 import os
+import sys
 import threading
 import time
+import weakref
 
 from ckpt_formats.errors import SaveFailedError
 
 PAGE = mmap.PAGESIZE
 _FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 """Populate: the page faults are taken when the arena is made, not by the first capture."""
+_MAP_FIXED, _NOTHING = 0x10, 0
+"""MAP_FIXED and PROT_NONE of Linux, which the module mmap does not tell."""
 
 
 class Arena:
@@ -103,11 +108,9 @@ class MappedArena:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             self._map = mmap.mmap(fd, os.fstat(fd).st_size, flags=_FLAGS)
-            if hasattr(mmap, "MADV_DONTFORK"):
-                # a data loader's workers would hold the memory for as long as they live
-                self._map.madvise(mmap.MADV_DONTFORK)
         finally:
             os.close(fd)
+        _mapped[self._map] = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     @property
     def all(self) -> memoryview:
@@ -117,6 +120,27 @@ class MappedArena:
     def view(self, start: int, nbytes: int) -> memoryview:
         """The memory of a range, up to the end of its last page."""
         return memoryview(self._map)[start : start + pages(nbytes)]
+
+
+_mapped: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
+"""Where the arenas lie that this process has mapped."""
+
+
+def _leave_to_parent() -> None:
+    """In a forked process, such as a data loader's worker, which would hold the memory for as long as it lives: give it
+    up, but keep its addresses. With MADV_DONTFORK they would be free for what is mapped next, and when the garbage
+    collector finds the arena, it unmaps what lies there.
+    """
+    library = ctypes.CDLL(None)
+    map_again = library.mmap
+    map_again.restype = ctypes.c_void_p
+    map_again.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_ssize_t]
+    for arena, address in list(_mapped.items()):
+        map_again(address, len(arena), _NOTHING, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED, -1, 0)
+
+
+if sys.platform == "linux":
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def pages(nbytes: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import os
 import signal
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 
 import ckpt
+from ckpt.agent.arena import Arena, MappedArena
 from ckpt.agent.saver import AsyncSaver
 from tests.agent.test_async_save import until
 from tests.ranks import Killed, run_ranks
@@ -56,3 +59,33 @@ def test_a_forked_worker_neither_disturbs_the_saves_nor_keeps_the_agent(tmp_path
 
 def worker(folder: Path) -> int:
     return int((folder / "pid").read_text())
+
+
+def drop_an_arena_in_a_fork(rank: int, world_size: int, folder: str) -> int:
+    size = 4 << 20
+    made = Arena(f"{folder}/arena", size)
+    mapped: MappedArena | None = MappedArena(made.path)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            held = [line for line in Path("/proc/self/maps").read_text().splitlines() if made.path in line]
+            # the kernel gives the first addresses that are free
+            own = [mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(4)]
+            for memory in own:
+                memory[:] = b"x" * size
+            mapped = None
+            gc.collect()
+            whole = all(memory[:] == b"x" * size for memory in own)
+            # the agent's side, which this process made itself, is not given up
+            code = 0 if whole and len(held) == 1 else 2
+        finally:
+            os._exit(code)
+    assert mapped is not None
+    mapped.all[:1] = b"y"
+    assert bytes(made.view(0, 1)[:1]) == b"y", "it is the parent's still"
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_memory_that_a_fork_gives_up_is_not_taken_from_what_it_maps_itself(tmp_path: Path) -> None:
+    assert run_ranks(drop_an_arena_in_a_fork, 1, str(tmp_path)) == [0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -100,6 +101,18 @@ def some_pairs(trace: Sequence[Spot]) -> Iterator[list[Fault]]:
             yield [first, dice.choice(second)]
 
 
+def _left_of(new: Path) -> list[str]:
+    """What a save that failed leaves in the end, in an agent that lives. A trainer that lost its connection is told
+    earlier, and the save may be committed yet.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while not (new / "manifest.json").exists() and (left := debris(new)):
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.005)
+    return []
+
+
 class _Trials:
     """One rank's part in saves with faults; agents fall under them, trainers stay."""
 
@@ -129,10 +142,10 @@ class _Trials:
         first = save(self.by, NEW, new, self.rank, self.world_size)
         self.agents.faults = []
         self.outcomes: list[Outcome] = of_all(first)
-        absent = of_all(debris(new) if not (new / "manifest.json").exists() else [])[0]
         removing = any(fault.point.kind in ("remove", "rmdir") for fault in faults[:-1])  # type: ignore[union-attr]
         if faults and faults[-1].survived and not removing:
-            assert not absent, (faults, absent)
+            left = of_all(_left_of(new) if self.rank == 0 else [])[0]
+            assert not left, (faults, left)
         self._next(faults)
         self.by.close()
         self.agents.ended()

@@ -13,6 +13,8 @@ from typing import Self
 
 ALIGNMENT = 4096
 """What O_DIRECT needs of positions, lengths and memory addresses on every file system we know."""
+_TIMES = 10
+"""How often folders are made anew that others remove."""
 
 
 class File:
@@ -79,6 +81,16 @@ class Files:
 
     def make_folders(self, path: str, made: list[str]) -> None:
         """Make a folder and those above it; appends the ones that were made to `made`, the outermost first."""
+        for _ in range(_TIMES):
+            try:
+                self._make_folders(path, made)
+            except FileNotFoundError:
+                # a save that failed, and had made a folder above, has removed that meanwhile
+                continue
+            return
+        self._make_folders(path, made)
+
+    def _make_folders(self, path: str, made: list[str]) -> None:
         missing: list[str] = []
         at = path
         while not os.path.isdir(at):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,3 +134,20 @@ def test_file_in_the_place_of_a_folder_is_told(tmp_path: Path, place: str) -> No
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
         "/".join(place.split("/")[: depth + 1]) for depth in range(place.count("/") + 1)
     ]
+
+
+def test_folders_are_made_although_another_save_that_fails_removes_those_above(tmp_path: Path) -> None:
+    class Rival(Files):
+        removed = 0
+
+        def make_folder(self, path: str) -> None:
+            if path.endswith("data") and self.removed < 3:
+                # what a save that failed does with the folders that it made
+                self.removed += 1
+                shutil.rmtree(tmp_path / "run")
+            super().make_folder(path)
+
+    rival = Rival()
+    rival.make_folders(str(tmp_path / "run" / "step_1" / "data"), [])
+    assert rival.removed == 3
+    assert (tmp_path / "run" / "step_1" / "data").is_dir()

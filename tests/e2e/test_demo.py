@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason=
 STEPS = 24
 DEMO = [sys.executable, "-c", "from ckpt_cli.main import main; main()", "demo", "--steps", str(STEPS)]
 LIMIT_S = 240.0
-END_LIMIT_S = 30.0
+END_LIMIT_S = 120.0
 
 
 @dataclass

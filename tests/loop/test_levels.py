@@ -125,7 +125,8 @@ def test_what_would_be_pruned_there_at_once_is_not_sent(tmp_path: Path) -> None:
         return {line["step"] for line in ended if line["error"] is None}
 
     until(lambda: 8 in copied(), "the agent's events")
-    assert copied() <= {6, 7, 8}
+    # but for one that was on its way when the place came back
+    assert len(copied() - {6, 7, 8}) <= 1
 
 
 def test_damage_on_the_first_level_does_not_travel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

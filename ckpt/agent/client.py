@@ -23,6 +23,7 @@ from ckpt.agent.arena import MappedArena
 from ckpt.agent.homes import make_home
 from ckpt.agent.wire import SOCKET, Channel, Message, failure
 from ckpt.collective import Collective
+from ckpt.loading.node import NODE, boot
 from ckpt.storage.publish import Folder
 from ckpt_formats.errors import ConfigurationError, SaveFailedError
 
@@ -331,8 +332,6 @@ def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_
     return os.path.join(home, SOCKET)
 
 
-NODE = "CKPT_NODE"
-"""The environment variable that names a node; by default its host name does."""
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a node's name may be: it may be a part of paths."""
 
@@ -345,17 +344,8 @@ def _own_node() -> list[str]:
             f"the environment variable {NODE} is {named!r}, which is no name of a node: use letters, digits and . _ -"
         )
     host = socket.gethostname()
-    machine = f"{host} {_boot()}"
-    return [named or machine, named or re.sub(r"[^A-Za-z0-9._-]", "-", host)[:64] or "node", _boot() or host]
-
-
-def _boot() -> str:
-    """What tells two nodes with the same name apart."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
-            return stream.read().strip()
-    except OSError:
-        return ""
+    machine = f"{host} {boot()}"
+    return [named or machine, named or re.sub(r"[^A-Za-z0-9._-]", "-", host)[:64] or "node", boot() or host]
 
 
 def _name_nodes(payloads: list[bytes]) -> bytes:

@@ -180,12 +180,19 @@ def meet(group: Collective, say: bytes, size: int, most: int) -> Node | None:
     return node
 
 
+def boot() -> str:
+    """What tells two machines with the same name apart; empty where the system does not say."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+            return stream.read().strip()
+    except OSError:
+        return ""
+
+
 def _identity() -> bytes:
     """What ranks have in common that can share memory."""
-    parts = [os.environ.get(NODE, ""), socket.gethostname(), str(os.getuid())]
+    parts = [os.environ.get(NODE, ""), socket.gethostname(), str(os.getuid()), boot()]
     with contextlib.suppress(OSError):
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
-            parts.append(stream.read())
         # abstract sockets are seen within one
         parts.append(os.readlink("/proc/self/ns/net"))
     return digest("\n".join(parts).encode())

@@ -1,22 +1,13 @@
-"""A thread that does one thing after the other, for as long as its owner wants. Knows nothing of what it does.
-
-It yields to threads that have something urgent to do, as those that train have, where the system can do that.
-"""
+"""A thread that does one thing after the other, for as long as its owner wants. Knows nothing of what it does."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import queue
-import sys
 import threading
 from collections.abc import Callable
 
 log = logging.getLogger("ckpt")
-
-NICE = 10
-"""How much less the thread's turn counts than others' where there are fewer cores than threads to run."""
 
 
 class Worker:
@@ -42,10 +33,6 @@ class Worker:
             self._thread = None
 
     def _run(self) -> None:
-        if sys.platform == "linux":
-            # here, a thread's number stands for that thread alone
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while (what := self._queue.get()) is not None:
             try:
                 what()

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from benchmarks.async_systems import (
     torch_checkpointing,
 )
 from benchmarks.interleave import Measure, fastest
+from benchmarks.options import Parameters, run_options
 from benchmarks.ranks import Group, run_ranks
 from benchmarks.raw_io import RawMemory, can_write_directly, raw_system
 from benchmarks.report import (
@@ -58,22 +59,6 @@ _TENSOR_BYTES = 16 << 20
 _TARGETS = {"blocked": 0.05, "durable": 1.10}
 """The most that this project may take: of a copy in memory, and of the fastest raw write."""
 _COPY = "memory copy"
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """What was asked for."""
-
-    tensors: int
-    folder: Path
-    repetitions: int
-    settle: float
-    seed: int
-    only: tuple[str, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensors * _TENSOR_BYTES
 
 
 def rank_main(group: Group, asked: Parameters) -> list[Measure]:
@@ -226,12 +211,11 @@ def _ratio_to(limit: Measure) -> Any:
 )
 @click.option("--processes", type=click.IntRange(1), multiple=True, default=(1, 4), show_default=True)
 @click.option("--size", type=click.IntRange(64), default=1024, show_default=True, help="MiB, in tensors of 16 MiB.")
-@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--settle", type=float, default=0.3, show_default=True, help="Seconds of rest after each sync.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the contents and of the order.")
-@click.option("--only", multiple=True, metavar="SYSTEM", help="Run only this system, and the limits; repeatable.")
-@click.option("--quick", is_flag=True, help="256 MiB, 3 repetitions: to see that it runs, not for figures.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every time here.")
+@run_options(
+    repetitions=5,
+    only="Run only this system, and the limits; repeatable.",
+    quick="256 MiB, 3 repetitions: to see that it runs, not for figures.",
+)
 def main(
     folders: tuple[Path, ...],
     processes: tuple[int, ...],
@@ -246,13 +230,22 @@ def main(
     """Save while training: torch.save, safetensors, torch DCP, torch_checkpointing and ckpt, interleaved."""
     if quick:
         size, repetitions = 256, 3
+    said = Parameters(
+        tensors=size * 2**20 // _TENSOR_BYTES,
+        tensor_bytes=_TENSOR_BYTES,
+        folder=Path(),
+        repetitions=repetitions,
+        settle=settle,
+        seed=seed,
+        only=only,
+    )
     console, progress = consoles()
     facts = machine()
     show_machine(console, facts)
     tables: list[Section] = []
     for folder in folders:
         scratch = folder.absolute() / "async_save"
-        asked = Parameters(size * 2**20 // _TENSOR_BYTES, scratch, repetitions, settle, seed, only)
+        asked = replace(said, folder=scratch)
         try:
             for number in processes:
                 scratch.mkdir(parents=True, exist_ok=True)
@@ -266,15 +259,7 @@ def main(
             shutil.rmtree(scratch, ignore_errors=True)
     show_verdict(console, tables)
     if json_path is not None:
-        parameters = {
-            "processes": list(processes),
-            "bytes": size * 2**20,
-            "tensor_bytes": _TENSOR_BYTES,
-            "repetitions": repetitions,
-            "settle_s": settle,
-            "seed": seed,
-        }
-        write_json(json_path, "async_save", parameters, facts, tables)
+        write_json(json_path, "async_save", said.as_json(processes), facts, tables)
 
 
 if __name__ == "__main__":

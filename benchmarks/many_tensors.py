@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import click
 
 from benchmarks.interleave import Interleaving, Measure, System
+from benchmarks.options import Parameters, run_options
 from benchmarks.ranks import Group, run_ranks
 from benchmarks.raw_io import RawMemory, can_write_directly, raw_system
 from benchmarks.report import (
@@ -40,24 +40,6 @@ _TARGET_US = 25.0
 """The most that this project may take for each tensor, in microseconds."""
 
 _MODULE = f"{CKPT}, module"
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """What was asked for."""
-
-    tensors: int
-    folder: Path
-    repetitions: int
-    settle: float
-    """Seconds of rest after each sync."""
-    seed: int
-    only: tuple[str, ...]
-    """Systems to run; all when empty."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensors * _TENSOR_BYTES
 
 
 def rank_main(group: Group, asked: Parameters) -> list[Measure]:
@@ -106,12 +88,11 @@ def sections(asked: Parameters, measures: Sequence[Measure]) -> list[Section]:
     help="Where the files go: it decides which disk is measured.",
 )
 @click.option("--tensors", type=click.IntRange(1), default=20_000, show_default=True)
-@click.option("--repetitions", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--settle", type=float, default=0.3, show_default=True, help="Seconds of rest after each sync.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the contents and of the order.")
-@click.option("--only", multiple=True, metavar="SYSTEM", help="Run only this system; repeatable.")
-@click.option("--quick", is_flag=True, help="5,000 tensors, 3 repetitions: to see that it runs, not for figures.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every time here.")
+@run_options(
+    repetitions=7,
+    only="Run only this system; repeatable.",
+    quick="5,000 tensors, 3 repetitions: to see that it runs, not for figures.",
+)
 def main(
     folder: Path,
     tensors: int,
@@ -126,7 +107,15 @@ def main(
     if quick:
         tensors, repetitions = 5_000, 3
     scratch = folder.absolute() / "many_tensors"
-    asked = Parameters(tensors, scratch, repetitions, settle, seed, only)
+    asked = Parameters(
+        tensors=tensors,
+        tensor_bytes=_TENSOR_BYTES,
+        folder=scratch,
+        repetitions=repetitions,
+        settle=settle,
+        seed=seed,
+        only=only,
+    )
     console, progress = consoles()
     facts = machine()
     show_machine(console, facts)
@@ -140,16 +129,7 @@ def main(
         show(console, section)
     show_verdict(console, tables)
     if json_path is not None:
-        parameters = {
-            "processes": [1],
-            "tensors": tensors,
-            "bytes": asked.nbytes,
-            "tensor_bytes": _TENSOR_BYTES,
-            "repetitions": repetitions,
-            "settle_s": settle,
-            "seed": seed,
-        }
-        write_json(json_path, "many_tensors", parameters, facts, tables)
+        write_json(json_path, "many_tensors", {"tensors": tensors, **asked.as_json([1])}, facts, tables)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import click
 
 from benchmarks.interleave import Interleaving, Measure, System, fastest
+from benchmarks.options import Parameters, run_options
 from benchmarks.ranks import Group, run_ranks
 from benchmarks.raw_io import RAW, RawMemory, can_write_directly, raw_system
 from benchmarks.report import (
@@ -49,24 +49,6 @@ _WHAT = {
     "load": "Load of the same cut, files cached",
     "load, other cut": "Load of rows into columns, files cached (for information)",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """What was asked for."""
-
-    tensors: int
-    folder: Path
-    repetitions: int
-    settle: float
-    """Seconds of rest after each sync."""
-    seed: int
-    only: tuple[str, ...]
-    """Systems to run beside the raw limit; all when empty."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensors * _TENSOR_BYTES
 
 
 def rank_main(group: Group, asked: Parameters) -> list[Measure]:
@@ -138,12 +120,11 @@ def _ratio_to(limit: Measure) -> Callable[[Measure], list[float]]:
 )
 @click.option("--processes", type=click.IntRange(1), multiple=True, default=(1, 4), show_default=True)
 @click.option("--size", type=click.IntRange(64), default=1024, show_default=True, help="MiB, in tensors of 16 MiB.")
-@click.option("--repetitions", type=click.IntRange(1), default=7, show_default=True)
-@click.option("--settle", type=float, default=0.3, show_default=True, help="Seconds of rest after each sync.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the contents and of the order.")
-@click.option("--only", multiple=True, metavar="SYSTEM", help="Run only this system, and the raw limit; repeatable.")
-@click.option("--quick", is_flag=True, help="256 MiB, 3 repetitions: to see that it runs, not for figures.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every time here.")
+@run_options(
+    repetitions=7,
+    only="Run only this system, and the raw limit; repeatable.",
+    quick="256 MiB, 3 repetitions: to see that it runs, not for figures.",
+)
 def main(
     folder: Path,
     processes: tuple[int, ...],
@@ -159,7 +140,15 @@ def main(
     if quick:
         size, repetitions = 256, 3
     scratch = folder.absolute() / "save_load"
-    asked = Parameters(size * 2**20 // _TENSOR_BYTES, scratch, repetitions, settle, seed, only)
+    asked = Parameters(
+        tensors=size * 2**20 // _TENSOR_BYTES,
+        tensor_bytes=_TENSOR_BYTES,
+        folder=scratch,
+        repetitions=repetitions,
+        settle=settle,
+        seed=seed,
+        only=only,
+    )
     console, progress = consoles()
     facts = machine()
     show_machine(console, facts)
@@ -176,15 +165,7 @@ def main(
         shutil.rmtree(scratch, ignore_errors=True)
     show_verdict(console, tables)
     if json_path is not None:
-        parameters = {
-            "processes": list(processes),
-            "bytes": asked.nbytes,
-            "tensor_bytes": _TENSOR_BYTES,
-            "repetitions": repetitions,
-            "settle_s": settle,
-            "seed": seed,
-        }
-        write_json(json_path, "save_load", parameters, facts, tables)
+        write_json(json_path, "save_load", asked.as_json(processes), facts, tables)
 
 
 if __name__ == "__main__":

@@ -399,6 +399,7 @@ def test_patterns(pattern: str, name: str, captures: dict[str, str] | None) -> N
 numbers = st.integers(0, 2**40)
 axes = st.sampled_from(["tp", "dp"])
 words = st.text(min_size=1, max_size=8)
+names = st.text(st.characters(exclude_characters="{}"), min_size=1, max_size=8)  # braces need a pattern
 parts = st.builds(Part, width=st.integers(1, 99)) | st.builds(Part, width=st.just(8), pieces=st.integers(1, 9))
 cuts = st.builds(
     Cut, axis=axes, dim=numbers, parts=st.none() | st.integers(1, 9) | st.lists(parts, min_size=1, max_size=3)
@@ -408,12 +409,12 @@ any_rule = st.builds(
     Rule,
     match=plain | st.lists(plain, min_size=1, max_size=3),
     unless=st.just(()) | plain,
-    local=st.none() | words,
+    local=st.none() | names,
     on=st.just({})
     | st.dictionaries(st.sampled_from(["pp", "x y"]), st.lists(st.integers(-3, 3), min_size=1), min_size=1),
     pad=st.just(()) | st.builds(Pad, dim=numbers, to=numbers),
     cut=st.just(()) | cuts | st.lists(cuts, min_size=1, max_size=1),
-    tied=st.none() | words,
+    tied=st.none() | names,
     replicas=st.sampled_from(["equal", "first", "average"]),
 )
 spreads = st.builds(

@@ -20,6 +20,7 @@ from ckpt_formats.arrays import AnyArray
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.dtypes import DType
 from ckpt_formats.reading import BUFFERS
+from ckpt_formats.renaming import Rename
 
 _saver = Saver()
 _async_saver = AsyncSaver(_saver)
@@ -114,6 +115,7 @@ def load(
     *,
     strict: bool = True,
     cast: bool = False,
+    rename: Rename | None = None,
     buffers: int = BUFFERS,
     device: torch.device | str | None = None,
     process_group: ProcessGroup | None = None,
@@ -129,6 +131,10 @@ def load(
         path: the checkpoint's folder.
         strict: with False, names that only one side has are skipped and reported in the result.
         cast: convert tensors whose dtype differs, instead of refusing.
+        rename: names in the checkpoint -> names in the state, where these differ: `{"model.encoder": "encoder"}` for
+            all that is below, `{"model.blocks.*": "model.layers.*"}` by pattern, None as the new name for what is to
+            be left out; or a function from names to names. Slots of optimizers and parameter groups follow their
+            parameters (docs/loading.md). Names in errors and in the result are the new ones.
         buffers: bytes of memory beside the state that each rank may take to read through; at least what one block of
             the checkpoint needs (1 MiB, unless another release wrote it) is taken.
         device: where modules on torch's meta device get their memory: by default the CPU, or the device of a DTensor's
@@ -137,26 +143,38 @@ def load(
 
     Raises:
         CheckpointNotFoundError: no checkpoint was committed there.
+        RenameError: a rule of `rename` is wrong, matches nothing, or gives two things one name; nothing was touched.
         StateMismatchError, ShapeMismatchError, DtypeMismatchError: the state is another; nothing was touched.
         CorruptionError: bytes do not fit their checksum; tensors may have been overwritten in part.
         RankError: another rank failed.
     """
     # tensors are written in place, behind the back of version counters
     _async_saver.settle()
-    return _load(state, path, strict=strict, cast=cast, buffers=buffers, device=device, process_group=process_group)
+    return _load(
+        state,
+        path,
+        strict=strict,
+        cast=cast,
+        rename=rename,
+        buffers=buffers,
+        device=device,
+        process_group=process_group,
+    )
 
 
-def open(path: str | os.PathLike[str]) -> Checkpoint:
+def open(path: str | os.PathLike[str], *, rename: Rename | None = None) -> Checkpoint:
     """Open a checkpoint for reading, without a process group and without loading anything.
 
     `ckpt.open(path)["model.embed.weight"][0:10]` reads those rows as a torch tensor on the CPU; `.tensors` maps names
-    to such lazy tensors, `.values` has the plain values, `.manifest` everything else.
+    to such lazy tensors, `.values` has the plain values, `.manifest` everything else. With `rename`, as for `load`, all
+    of these have the new names.
 
     Raises:
         CheckpointNotFoundError: no checkpoint was committed there.
         CorruptionError, FormatError: its manifest is damaged or wrong.
+        RenameError: as `load`.
     """
-    return open_checkpoint(path, _as_torch)
+    return open_checkpoint(path, _as_torch, rename=rename)
 
 
 def _as_torch(array: AnyArray, dtype: DType) -> Any:

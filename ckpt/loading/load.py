@@ -39,6 +39,7 @@ from ckpt_formats.errors import (
 )
 from ckpt_formats.reading import BUFFERS, ReadPlan, ReadStats, Request
 from ckpt_formats.remote import is_url, tidy
+from ckpt_formats.renaming import Rename
 
 SHARED = 1.1
 """Ranks share what they read when they would read so many times what is stored, all together."""
@@ -85,6 +86,7 @@ def load(
     *,
     strict: bool = True,
     cast: bool = False,
+    rename: Rename | None = None,
     buffers: int = BUFFERS,
     device: torch.device | str | None = None,
     process_group: ProcessGroup | None = None,
@@ -93,7 +95,7 @@ def load(
     folder, group = tidy(path), Collective(process_group)
     operation = Operation("load", folder, rank=group.rank, world_size=group.world_size)
     group.waiting = operation.waiting
-    load = _Load(state, folder, strict=strict, cast=cast, group=group, buffers=buffers, device=device)
+    load = _Load(state, folder, strict=strict, cast=cast, rename=rename, group=group, buffers=buffers, device=device)
     with collector.paused(), operation, closing(load):
         return _run(load, folder, group, operation)
 
@@ -172,6 +174,7 @@ class _Load:
         *,
         strict: bool,
         cast: bool,
+        rename: Rename | None,
         group: Collective,
         buffers: int,
         device: torch.device | str | None,
@@ -180,6 +183,7 @@ class _Load:
         self._path = path
         self._strict = strict
         self._cast = cast
+        self._rename = rename
         self._group = group
         self._buffers = buffers
         self._device = device
@@ -198,7 +202,7 @@ class _Load:
         """Open the checkpoint and match it with the state. Touches nothing."""
         # in a store, one rank holds it for all, until the last has read
         held = self._group.rank == 0 or not is_url(self._path)
-        self.checkpoint = self._stack.enter_context(open_checkpoint(self._path, held=held))
+        self.checkpoint = self._stack.enter_context(open_checkpoint(self._path, rename=self._rename, held=held))
         manifest = self.checkpoint.manifest
         self._values = {
             path: self.checkpoint.decode(value, path, leaf=LEAVES)

@@ -28,6 +28,7 @@ from ckpt_formats.native.node_folders import root_folder
 from ckpt_formats.native.reader import open_native
 from ckpt_formats.reading import Reader, ReadStats, Request
 from ckpt_formats.remote import tidy
+from ckpt_formats.renaming import Rename, renamed
 from ckpt_formats.values.tree import brief
 
 Index = int | slice | EllipsisType
@@ -190,7 +191,8 @@ class Checkpoint:
         tree = parse_json(self.blob(name), f"{self.path}: the values of rank {rank}")
         if not isinstance(tree, dict):
             raise FormatError(f"{self.path}: the values of rank {rank} are not an object", path=self.path)
-        return tree
+        owned = self.manifest.owned
+        return {new: value for path, value in tree.items() if (new := owned.get(path, path)) is not None}
 
     def blob(self, name: str) -> bytes:
         """The bytes that the format keeps under one of its own names."""
@@ -248,23 +250,29 @@ class Checkpoint:
         return f"Checkpoint({self.path!r}, step={self.step}, {len(self.tensors)} tensors)"
 
 
-def open_checkpoint(path: str | os.PathLike[str], wrap: Wrap = as_numpy, *, held: bool = True) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], wrap: Wrap = as_numpy, *, rename: Rename | None = None, held: bool = True
+) -> Checkpoint:
     """Open the checkpoint in folder `path`, reading only its root.
 
     Args:
         path: a checkpoint's folder, or its URL in a store.
         wrap: makes what indexing returns out of raw elements; numpy arrays by default.
+        rename: what is called otherwise than it was saved; see renaming.renamed.
         held: keep it from being pruned until it is closed.
 
     Raises:
         CheckpointNotFoundError: none was committed there.
         CorruptionError, FormatError: its root is damaged or wrong.
+        RenameError: a rule of `rename` is wrong or unused, or gives two things one name.
         StoreError: its store can't be read.
     """
     folder = tidy(path)
     using = _hold(folder) if held else None
     try:
         manifest, locations, _ = open_native(folder)
+        if rename is not None:
+            manifest = renamed(manifest, rename)
     except BaseException:
         if using is not None:
             using.release()

@@ -19,6 +19,7 @@ __all__ = [
     "LayoutError",
     "MissingTensorError",
     "RankError",
+    "RenameError",
     "SaveFailedError",
     "ShapeMismatchError",
     "StateError",
@@ -137,6 +138,10 @@ class ConfigurationError(CheckpointError, ValueError):
 
 class LayoutError(CheckpointError, ValueError):
     """A mesh or a layout rule is wrong, ambiguous, unused, or not enough."""
+
+
+class RenameError(CheckpointError, ValueError):
+    """A rule that renames is wrong or unused, or gives two things one name."""
 
 
 class SaveFailedError(CheckpointError, RuntimeError):

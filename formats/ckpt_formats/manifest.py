@@ -88,6 +88,8 @@ class Manifest:
         layout: world size, meshes and cuts of whoever wrote it.
         provenance: facts for people.
         block_size: bytes per block digest.
+        owned: path of a per-rank value in what ranks saved -> its path here, None for what is left out. Empty unless
+            the manifest is derived from another one.
     """
 
     def __init__(
@@ -118,12 +120,41 @@ class Manifest:
         self.layout = layout
         self.provenance = provenance
         self.block_size = block_size
+        self.owned: Mapping[str, str | None] = {}
         self.page_count = page_count
         self._of_page = of_page
         self._load_page = load_page
         self._pages: dict[int, ChunkRows] = {}
         self._covered: set[str] = set()
         self._lock = threading.Lock()
+
+    def derived(
+        self,
+        *,
+        tensors: Mapping[str, TensorMeta],
+        aliases: Mapping[str, str],
+        values: Mapping[str, Any],
+        entries: Mapping[str, Mapping[str, Any]],
+        owned: Mapping[str, str | None],
+    ) -> Manifest:
+        """A manifest of the same chunks under other names. A tensor's `TensorMeta.name` stays that of this manifest."""
+        made = Manifest(
+            path=self.path,
+            step=self.step,
+            attempt=self.attempt,
+            tensors=tensors,
+            aliases=aliases,
+            values=values,
+            entries=entries,
+            layout=self.layout,
+            provenance=self.provenance,
+            block_size=self.block_size,
+            page_count=self.page_count,
+            of_page=self._of_page,
+            load_page=self._load_page,
+        )
+        made.owned = owned
+        return made
 
     @property
     def model_tensors(self) -> dict[str, TensorMeta]:

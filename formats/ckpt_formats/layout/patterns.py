@@ -26,9 +26,10 @@ class Pattern:
     Attributes:
         text: as it was written.
         captures: the names under which it captures.
+        groups: the same and, as `__0`, `__1` and so on, its wildcards, in their order.
     """
 
-    __slots__ = ("_regex", "captures", "text")
+    __slots__ = ("_regex", "captures", "groups", "text")
 
     def __init__(self, text: str, numbers: Collection[str] = ()) -> None:
         """`numbers`: captures that are digits only."""
@@ -38,7 +39,8 @@ class Pattern:
             self._regex = re.compile(source, re.DOTALL)
         except re.error as error:
             raise ValueError(f"the pattern {text!r} is no regular expression: {error}") from None
-        self.captures = frozenset(name for name in self._regex.groupindex if not name.startswith("__"))
+        self.groups = tuple(self._regex.groupindex)
+        self.captures = frozenset(name for name in self.groups if not name.startswith("__"))
 
     def match(self, name: str) -> Captures | None:
         """What it captures of a name, what wildcards matched under `__0`, `__1` and so on; None if it does not

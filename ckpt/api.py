@@ -117,6 +117,7 @@ def load(
     cast: bool = False,
     rename: Rename | None = None,
     buffers: int = BUFFERS,
+    exchange: Literal["auto", "always", "never"] = "auto",
     device: torch.device | str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> LoadResult:
@@ -137,6 +138,9 @@ def load(
             parameters (docs/loading.md). Names in errors and in the result are the new ones.
         buffers: bytes of memory beside the state that each rank may take to read through; at least what one block of
             the checkpoint needs (1 MiB, unless another release wrote it) is taken.
+        exchange: whether nodes pass on to each other what several of them need, so that each byte is read from the
+            storage once: "always", "never", or "auto", which does if the storage is reached over a network (an object
+            store, or a file system such as NFS or Lustre) and most of what is needed is not cached. Equal on all ranks.
         device: where modules on torch's meta device get their memory: by default the CPU, or the device of a DTensor's
             mesh. Parameters and persistent buffers do; other buffers stay there, and are listed in the result.
         process_group: as for `save`.
@@ -157,6 +161,7 @@ def load(
         cast=cast,
         rename=rename,
         buffers=buffers,
+        exchange=exchange,
         device=device,
         process_group=process_group,
     )

@@ -96,6 +96,16 @@ class Collective:
             dist.all_gather(everyone, mine, group=self._group)
         return [self._bytes(tensor, len(payload)) for tensor in everyone]
 
+    def piece_together(self, part: bytes, at: int, total: int) -> bytes:
+        """Bytes of which each rank has a part, from its byte `at` on; everybody gets all `total` of them."""
+        if self.world_size == 1:
+            return part
+        parts = torch.zeros(total, dtype=torch.uint8, device=self._device)
+        parts[at : at + len(part)] = self._tensor(part, len(part))
+        with self._together():
+            self._sum(parts)
+        return self._bytes(parts, total)
+
     def scatter(self, payloads: Sequence[bytes] | None) -> bytes:
         """Rank k gets payloads[k] of rank 0, which alone gives them."""
         if self.world_size == 1 and payloads is not None:

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ckpt import network
 from ckpt.agent import peers
 from ckpt.agent.aftermath import Aftermath, Committed
 from ckpt.agent.crew import KEPT, Crew, Past, ranks_text
@@ -104,7 +105,7 @@ class Leader:
 
     def listen(self, secret: bytes, *, loopback: bool) -> int:
         """Let the other agents connect. Returns the port."""
-        self._listener = listener = peers.listen(loopback=loopback)
+        self._listener = listener = network.listen(loopback=loopback)
         threading.Thread(target=self._accept, args=(listener, secret), name="ckpt-agent-peers", daemon=True).start()
         return int(listener.getsockname()[1])
 

@@ -7,20 +7,17 @@ is noticed. What follows is neither encrypted nor signed, as the training's own 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hmac
-import os
 import queue
 import secrets
 import socket
-import struct
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
 from ckpt.agent.wire import Channel, Message, gone
+from ckpt.network import keep_alive
 from ckpt_formats.errors import RankError
 
 PING = 5.0
@@ -40,45 +37,6 @@ class Address(NamedTuple):
     hosts: Sequence[str]
     """To be tried in turn: a machine has several addresses, and which of them others reach is only known by trying."""
     port: int
-
-
-def listen(*, loopback: bool) -> socket.socket:
-    """A socket for other agents to connect to; with `loopback` for those of this machine only."""
-    if loopback:
-        return socket.create_server(("127.0.0.1", 0), backlog=1024)
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(("", 0), backlog=1024)
-
-
-def own_hosts() -> list[str]:
-    """Addresses under which other nodes may reach this one, the likeliest first."""
-    hosts: list[str] = []
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        said = os.environ.get(variable, "")
-        # as NCCL reads it: beginnings of names, unless exact names follow a "=", or excluded ones a "^"
-        wanted = [] if said.startswith("^") else [name for name in said.lstrip("=").split(",") if name]
-        for _, interface in socket.if_nameindex():
-            if any(interface == name or (interface.startswith(name) and said[0] != "=") for name in wanted):
-                hosts += _address_of_interface(interface)
-    # the address from which this machine reaches rank 0's, which is where most runs put their store
-    master = os.environ.get("MASTER_ADDR")
-    if master:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((master, 9))
-            hosts.append(probe.getsockname()[0])
-    with contextlib.suppress(OSError):
-        hosts += [str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
-    hosts.append(socket.gethostname())
-    return list(dict.fromkeys(hosts))
-
-
-def _address_of_interface(interface: str) -> list[str]:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request = struct.pack("256s", interface.encode()[:15])
-        answer = fcntl.ioctl(probe.fileno(), 0x8915, request)  # SIOCGIFADDR
-        return [socket.inet_ntoa(answer[20:24])]
-    return []
 
 
 # authentication: each end answers the other's random challenge
@@ -101,7 +59,7 @@ def connect(address: Address, secret: bytes, node: str, purpose: str) -> Channel
         try:
             connection.settimeout(HANDSHAKE)
             _introduce(channel, address.node, secret, node, purpose)
-            _keep_alive(connection)
+            keep_alive(connection)
             return channel
         except (OSError, RankError, KeyError, TypeError, ValueError) as error:
             channel.close()
@@ -147,7 +105,7 @@ def admit(connection: socket.socket, secret: bytes, node: str) -> tuple[Channel,
             raise OSError("it does not know the secret of this run")
         # until it hears this, it does not rely on being let in: the proof may have got lost
         channel.send({})
-        _keep_alive(connection)
+        keep_alive(connection)
     except (KeyError, TypeError, ValueError) as error:
         channel.close()
         raise OSError("it speaks another language") from error
@@ -161,15 +119,6 @@ def admit(connection: socket.socket, secret: bytes, node: str) -> tuple[Channel,
 def _proof(secret: bytes, role: str, facts: Sequence[str]) -> str:
     text = "\0".join(["ckpt agent", role, *facts])
     return hmac.digest(secret, text.encode(), "sha256").hex()
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Notice a machine that was switched off, also where nobody waits for an answer of it."""
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, option):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 class News:

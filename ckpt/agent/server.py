@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from ckpt import network
 from ckpt.agent import peers
 from ckpt.agent.aftermath import Aftermath
 from ckpt.agent.arena import Arena, pages
@@ -169,7 +170,7 @@ class Agent:
         if not crew.others:
             return {}
         port = leader.listen(bytes.fromhex(message["secret"]), loopback=message["loopback"])
-        return {"port": port, "hosts": ["127.0.0.1"] if message["loopback"] else peers.own_hosts()}
+        return {"port": port, "hosts": ["127.0.0.1"] if message["loopback"] else network.own_hosts()}
 
     def _follow(self, message: Message) -> Message:
         """This agent is one of several, and another one commits."""

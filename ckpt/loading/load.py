@@ -1,7 +1,7 @@
 """Loading a checkpoint into live state, in place, whatever cut either has.
 
 Every rank reads the root, intersects what it holds with what is stored, and reads only those ranges, straight into the
-live memory where it can. Where ranks of a node need the same blocks, one of them reads these for all (sharing.py); else
+live memory where it can. Where several ranks need the same blocks, one of them reads these for all (sharing.py); else
 they take part in each other's load only to learn of failures.
 """
 
@@ -21,7 +21,9 @@ from ckpt import collector
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation
 from ckpt.loading.bounce import Bounced, read_bounced
-from ckpt.loading.sharing import ElsewhereError, share
+from ckpt.loading.exchange import ElsewhereError
+from ckpt.loading.sharing import share
+from ckpt.network import over_network
 from ckpt.state import SavedState, SavedTensor, Target, build_target
 from ckpt.state.given import Others
 from ckpt.state.meta import Materialised
@@ -45,6 +47,7 @@ SHARED = 1.1
 """Ranks share what they read when they would read so many times what is stored, all together."""
 LITTLE = 16 << 20
 """Bytes that are read twice rather than shared."""
+EXCHANGES = ("auto", "always", "never")
 PARTLY = "Tensors of the state may have been overwritten in part"
 LISTED = 10
 """How many names an error lists before it says how many more there are."""
@@ -63,6 +66,8 @@ class LoadResult:
     bytes_read: int
     """Bytes that this rank read from the checkpoint, to get and verify them; what ranks of a node have in common one of
     them reads, so this may be less than was needed."""
+    bytes_received: int
+    """Bytes that came to this rank from other nodes, which had read them."""
     seconds: float
     """From the call to the end, on this rank."""
     phases: Mapping[str, float]
@@ -88,14 +93,27 @@ def load(
     cast: bool = False,
     rename: Rename | None = None,
     buffers: int = BUFFERS,
+    exchange: str = "auto",
     device: torch.device | str | None = None,
     process_group: ProcessGroup | None = None,
 ) -> LoadResult:
     """See ckpt.load."""
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange is one of {', '.join(EXCHANGES)}, not {exchange!r}")
     folder, group = tidy(path), Collective(process_group)
     operation = Operation("load", folder, rank=group.rank, world_size=group.world_size)
     group.waiting = operation.waiting
-    load = _Load(state, folder, strict=strict, cast=cast, rename=rename, group=group, buffers=buffers, device=device)
+    load = _Load(
+        state,
+        folder,
+        strict=strict,
+        cast=cast,
+        rename=rename,
+        group=group,
+        buffers=buffers,
+        exchange=exchange,
+        device=device,
+    )
     with collector.paused(), operation, closing(load):
         return _run(load, folder, group, operation)
 
@@ -140,6 +158,7 @@ def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> L
         step=load.checkpoint.step,
         bytes_needed=stats.bytes_needed,
         bytes_read=stats.bytes_read,
+        bytes_received=load.received,
         seconds=operation.total,
         phases=operation.seconds,
         missing=target.missing,
@@ -177,6 +196,7 @@ class _Load:
         rename: Rename | None,
         group: Collective,
         buffers: int,
+        exchange: str,
         device: torch.device | str | None,
     ) -> None:
         self._state = state
@@ -186,12 +206,14 @@ class _Load:
         self._rename = rename
         self._group = group
         self._buffers = buffers
+        self._exchange = exchange
         self._device = device
         self._made: Materialised | None = None
         self.checkpoint: Checkpoint
         self._stack = ExitStack()
         self.target: Target
         self.stats = ReadStats()
+        self.received = 0
         self._plan = ReadPlan()
         self._bounced: list[Bounced] = []
         self._shares = False
@@ -330,10 +352,18 @@ class _Load:
         manifest, reader = self.checkpoint.manifest, self.checkpoint.reader
         plan = self._plan
         if self._shares:
-            far = self.checkpoint.locations.far
-            shared = share(self._group, reader, plan, far=far, block_size=manifest.block_size, buffers=self._buffers)
+            shared = share(
+                self._group,
+                reader,
+                plan,
+                far=self.checkpoint.locations.far,
+                block_size=manifest.block_size,
+                buffers=self._buffers,
+                exchange=self._exchange,
+                shared_store=is_url(self._path) or over_network(self._path),
+            )
             if shared is not None:
-                stats, plan = shared
+                stats, self.received, plan = shared
                 self._add(stats)
         self._add(reader.execute(plan, threads=_threads(), buffers=self._buffers, past_cache=self._past_cache))
         self.stats.bytes_needed = self._plan.bytes_needed

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
 from ckpt.collective import Collective
 from ckpt_formats.digest import DIGEST_SIZE, digest
@@ -142,42 +143,66 @@ class Node:
         self._woken.close()
 
 
-def meet(group: Collective, say: bytes, size: int, most: int) -> Node | None:
-    """Connect the ranks of each node, if there are several. Collective.
+class Meeting:
+    """All ranks find out who is on which node. Collective; a context, which ends when the ranks of nodes have met.
 
-    Args:
-        group: all ranks.
-        say: what this rank tells the others of its node.
-        size: bytes of memory that it shares with them.
-        most: how many are connected with each other at most.
-
-    Returns None where a rank has no others on its node, and everywhere if ranks of any node can't connect.
+    Attributes:
+        nodes: of each node its ranks, in rank order; who can't share memory with others is alone.
+        node: this rank's, by its position there.
+        said: what each rank said, by rank.
+        tokens: of each rank, a secret that the ranks know and nobody else.
     """
-    node: Node | None = None
-    failed = False
-    token = secrets.token_bytes(_TOKEN)
-    with contextlib.ExitStack() as stack:
-        # other systems have neither such sockets nor such memory
-        can = sys.platform.startswith("linux")
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        if can:
-            listener.bind(_address(token))
-            listener.listen(most)
-        whole = [(text[:DIGEST_SIZE], text[DIGEST_SIZE:]) for text in group.share(_identity() + token)]
-        home = whole[group.rank][0]
-        ranks = [rank for rank, (other, _) in enumerate(whole) if other == home]
-        at = ranks.index(group.rank) // most * most
-        ranks = ranks[at : at + most]
-        if can and len(ranks) > 1:
-            try:
-                node = _connect(listener, ranks, ranks.index(group.rank), [token for _, token in whole], say, size)
-            except OSError:
+
+    def __init__(self, group: Collective, say: bytes, most: int) -> None:
+        """`say` has the same length on all ranks; at most `most` ranks are connected with each other."""
+        self._group = group
+        self._stack = contextlib.ExitStack()
+        token = secrets.token_bytes(_TOKEN)
+        self._listener = self._stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        try:
+            # other systems have neither such sockets nor such memory
+            can = sys.platform.startswith("linux")
+            if can:
+                self._listener.bind(_address(token))
+                self._listener.listen(most)
+            home = _identity() if can else secrets.token_bytes(DIGEST_SIZE)
+            told = group.share(home + token + say)
+        except BaseException:
+            self._stack.close()
+            raise
+        self.tokens = [text[DIGEST_SIZE : DIGEST_SIZE + _TOKEN] for text in told]
+        self.said = [text[DIGEST_SIZE + _TOKEN :] for text in told]
+        homes: dict[bytes, list[int]] = {}
+        for rank, text in enumerate(told):
+            homes.setdefault(text[:DIGEST_SIZE], []).append(rank)
+        self.nodes = [ranks[at : at + most] for ranks in homes.values() for at in range(0, len(ranks), most)]
+        self.node = next(number for number, ranks in enumerate(self.nodes) if group.rank in ranks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def connect(self, say: bytes, size: int) -> Node | None:
+        """Connect the ranks of each node.
+
+        Args:
+            say: what this rank tells the others of its node.
+            size: bytes of memory that it shares with them.
+
+        Returns None, everywhere, if ranks of any node can't connect.
+        """
+        ranks = self.nodes[self.node]
+        node: Node | None = None
+        if sys.platform.startswith("linux"):
+            with contextlib.suppress(OSError):
                 # containers that share a machine but not its namespaces, no memory: everybody reads for itself
-                failed = True
-        if group.tally(None, failed)[0] and node is not None:
+                node = _connect(self._listener, ranks, ranks.index(self._group.rank), self.tokens, say, size)
+        if self._group.tally(None, node is None)[0] and node is not None:
             node.close()
             node = None
-    return node
+        return node
 
 
 def boot() -> str:

@@ -355,6 +355,14 @@ class Reader:
                 raise self._damaged(piece, source, piece.first + skip + at, len(part))
             number += 1
 
+    def fits(self, piece: Piece, data: memoryview) -> bool:
+        """Whether the bytes of a piece, had from elsewhere, fit their checksums."""
+        try:
+            self._verify(piece, data, piece.source)
+        except CorruptionError:
+            return False
+        return True
+
     def _damaged(self, piece: Piece, source: int, start: int, length: int) -> CorruptionError:
         name = self._locations.sources[source].name
         at = piece.start - piece.first + start

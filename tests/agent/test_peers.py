@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from ckpt import network
 from ckpt.agent import peers
 from ckpt.agent.aftermath import Aftermath
 from ckpt.agent.crew import Crew, ranks_text
@@ -50,7 +51,7 @@ def test_a_node_is_reached_at_one_of_the_addresses_that_it_says() -> None:
     leading = Leader(Crew("a", CREW), Files(), Aftermath())
     try:
         port = leading.listen(secret, loopback=False)
-        follow(peers.Address("a", peers.own_hosts(), port), secret).close()
+        follow(peers.Address("a", network.own_hosts(), port), secret).close()
     finally:
         leading.close()
 
@@ -61,7 +62,7 @@ def test_the_interface_that_the_training_uses_is_tried_first(
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "host.invalid")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", said)
-    assert (peers.own_hosts()[0] == "127.0.0.1") == first
+    assert (network.own_hosts()[0] == "127.0.0.1") == first
 
 
 def test_who_does_not_know_the_secret_is_refused_and_told_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import ckpt
 from ckpt.loading import load as loading
 from ckpt.loading import node, sharing
-from ckpt.loading.batches import make_batches
+from ckpt.loading.batches import make_batches, merged
 from ckpt_formats.errors import CheckpointError, CorruptionError, RankError
 from tests.ranks import Killed, run_ranks
 
@@ -116,7 +117,7 @@ def same_cut(rank: int, world: int, path: Path) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("there is nothing to share")
 
-    sharing.meet = refuse  # type: ignore[assignment]
+    sharing.Meeting = refuse  # type: ignore[assignment,misc]
     mesh = init_device_mesh("cpu", (world,))
     state = {"w": distribute_tensor(whole(0), mesh, [Shard(0)])}
     ckpt.save({"m": state}, path)
@@ -246,7 +247,7 @@ def needs(draw: st.DrawFn) -> tuple[list[np.ndarray[Any, np.dtype[np.int64]]], d
                 rows[rank].append((*chunk, first * 8, stop, number % 2, 1000 * number + first * 8))
                 for block in range(first, last):
                     blocks_of[chunk][block].add(rank)
-    return [np.array(own, np.int64).reshape(-1, 6) for own in rows], blocks_of
+    return [merged(np.array(own, np.int64).reshape(-1, 6)) for own in rows], blocks_of
 
 
 @given(needs(), st.sampled_from([8, 16, 40]))
@@ -254,10 +255,12 @@ def test_every_block_that_several_ranks_need_is_in_one_batch_of_one_of_them(
     drawn: tuple[list[np.ndarray[Any, np.dtype[np.int64]]], dict[tuple[int, int], list[set[int]]]], size: int
 ) -> None:
     given_needs, blocks_of = drawn
-    found: dict[tuple[int, int, int], int] = {}
-    for batch in make_batches(given_needs, size):
+    found: dict[tuple[int, int, int], AbstractSet[int]] = {}
+    ranks = list(range(len(given_needs)))
+    for batch in make_batches(given_needs, [[rank] for rank in ranks], [ranks], 0, size):
         assert batch.nbytes <= size
-        assert batch.readers >> batch.owner & 1
+        assert batch.taker in batch.readers
+        assert (batch.origin, batch.onward) == (None, None)
         for extent in batch.extents:
             assert extent.first % 8 == 0
             for block in range(extent.first // 8, -(-extent.last // 8)):
@@ -265,7 +268,7 @@ def test_every_block_that_several_ranks_need_is_in_one_batch_of_one_of_them(
                 assert key not in found
                 found[key] = batch.readers
     expected = {
-        (*chunk, block): sum(1 << rank for rank in ranks)
+        (*chunk, block): ranks
         for chunk, blocks in blocks_of.items()
         for block, ranks in enumerate(blocks)
         if len(ranks) > 1

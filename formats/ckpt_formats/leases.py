@@ -66,12 +66,19 @@ class Lease:
             CheckpointNotFoundError: it is not there, or is being removed.
             StoreError: the store can't be read.
         """
+        if self._thread is None:
+            # whoever may not write may not list either, perhaps
+            try:
+                self._store.size(os.path.join(self._url, names.MANIFEST))
+            except FileNotFoundError:
+                raise _gone(self._url) from None
+            return
         deadline = time.monotonic() + PATIENCE_S
         while True:
             beside = _beside(self._store, self._url)
             if not any(entry.name == names.MANIFEST for entry in beside):
                 raise _gone(self._url)
-            if self._thread is None or not _live(beside, _GOING, self._lease):
+            if not _live(beside, _GOING, self._lease):
                 return
             if time.monotonic() > deadline:
                 raise _gone(self._url)

@@ -116,8 +116,7 @@ class Reader:
         far = self._locations.far
         past_cache = past_cache and work >= SPAN and self.is_cold(task[0] for task in tasks)
         count = FAR_THREADS if far else DEVICE_THREADS if past_cache else threads or min(4, os.cpu_count() or 1)
-        # from far, bytes arrive in memory of the store's library first
-        count = min(count, len(tasks), max(1, buffers // ((3 if far else 2) * max(SPAN, self._manifest.block_size))))
+        count = min(count, len(tasks), max(1, buffers // (2 * max(SPAN, self._manifest.block_size))))
         stagings = [Staging(past_cache=past_cache)]
         # threads that handle many small pieces would only wait for each other's interpreter lock
         if count <= 1 or (not far and work < max(SPAN, SMALL * sum(map(len, tasks)))):

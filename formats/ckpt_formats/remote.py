@@ -13,13 +13,24 @@ import errno
 import os
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from ckpt_formats.errors import CorruptionError, StoreError
+from ckpt_formats.plain_http import (
+    CONNECT_TIMEOUT_S,
+    EXPIRES_S,
+    READ_TIMEOUT_S,
+    RECEIVED,
+    REPLACED,
+    Answer,
+    PlainHttp,
+)
 
 __all__ = ["PAUSES_S", "Entry", "RemoteFile", "Store", "configure", "folder_of", "is_url", "normal", "response", "tidy"]
 
@@ -27,8 +38,6 @@ T = TypeVar("T")
 
 PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)
 """Seconds between attempts of one request, each give or take a half."""
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 30
 REQUEST_TIMEOUT_S = 120.0
 """Seconds that an operation of one request may take; it moves a few MiB at most."""
 LIST_TIMEOUT_S = 600.0
@@ -37,6 +46,10 @@ CONNECTIONS = 32
 """Most connections to one S3 endpoint."""
 FIRST = 8 << 20
 """Bytes of a manifest and the like that are asked for at once."""
+PIECE = 4 << 20
+"""Bytes that a RemoteFile asks fsspec for at once, which has them in memory twice before they get to their place."""
+DETOUR_S = 60.0
+"""Seconds for which plain HTTP is left alone after it was refused what fsspec then got."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _LOCAL = ("file", "local")
@@ -101,7 +114,7 @@ class Entry(NamedTuple):
 
 
 _options: dict[str, dict[str, Any]] = {}
-_systems: dict[tuple[int, str, str], Any] = {}
+_backends: dict[tuple[int, str, str], _Backend] = {}
 _lock = threading.Lock()
 
 
@@ -110,8 +123,32 @@ def configure(url: str, options: Mapping[str, Any]) -> None:
     at = normal(url)
     with _lock:
         _options[at] = dict(options)
-        for key in [key for key in _systems if key[2] == at]:
-            del _systems[key]
+        dropped = [_backends.pop(key) for key in list(_backends) if key[2] == at]
+    for backend in dropped:
+        backend.close()
+
+
+class _Backend:
+    """How the objects of a store are reached: by fsspec's file system, and where that can be done by plain HTTP."""
+
+    def __init__(self, url: str, scheme: str, options: Mapping[str, Any]) -> None:
+        self.system = _make(url, scheme, options)
+        sign = _signer(self.system, scheme, options)
+        self._plain = None if sign is None else PlainHttp(sign, partial(_tls, self.system))
+        self._detour = 0.0
+
+    @property
+    def plain(self) -> PlainHttp | None:
+        """None where it can't be used, or was refused just now."""
+        return self._plain if time.monotonic() >= self._detour else None
+
+    def refused(self) -> None:
+        """Plain HTTP was refused what fsspec then got: leave it alone for a while."""
+        self._detour = time.monotonic() + DETOUR_S
+
+    def close(self) -> None:
+        if self._plain is not None:
+            self._plain.close()
 
 
 class Store:
@@ -135,16 +172,21 @@ class Store:
         self.limit = limit
 
     @property
-    def system(self) -> Any:
-        """fsspec's file system."""
+    def backend(self) -> _Backend:
+        """How this process reaches it."""
         with _lock:
             found = max((at for at in _options if _below(self.url, at)), key=len, default="")
             # connections do not survive a fork
             key = (os.getpid(), self.scheme, found)
-            system = _systems.get(key)
-            if system is None:
-                system = _systems[key] = _make(self.url, self.scheme, _options.get(found, {}))
-            return system
+            backend = _backends.get(key)
+            if backend is None:
+                backend = _backends[key] = _Backend(self.url, self.scheme, _options.get(found, {}))
+            return backend
+
+    @property
+    def system(self) -> Any:
+        """fsspec's file system."""
+        return self.backend.system
 
     def key(self, url: str) -> str:
         """A URL as fsspec's file system names it: bucket/key."""
@@ -262,6 +304,8 @@ class RemoteFile:
     def __init__(self, url: str) -> None:
         self._url = url
         self._store = Store(url)
+        self._tag: str | None = None
+        """Entity tag of the object that was read first, which all that is read has to be of."""
 
     @property
     def name(self) -> str:
@@ -276,17 +320,46 @@ class RemoteFile:
     def read(self, start: int, stop: int, into: memoryview) -> None:
         if start == stop:
             return
-        try:
-            data = self._store.read(self._url, start, stop)
-        except FileNotFoundError as error:
-            raise self._missing() from error
-        if len(data) != stop - start:
+        backend = self._store.backend
+        plain = backend.plain
+        if plain is None:
+            self._read_by_fsspec(start, stop, into)
+        elif not self._received(plain, start, stop, into):
+            # says what is wrong if anything is
+            self._read_by_fsspec(start, stop, into)
+            backend.refused()
+
+    def _received(self, plain: PlainHttp, start: int, stop: int, into: memoryview) -> bool:
+        """Whether the bytes came by plain HTTP."""
+        store, key = self._store, self._store.key(self._url)
+
+        def call() -> Answer:
+            return plain.get(key, start, stop, into, tag=self._tag, limit=store.limit)
+
+        status, tag = store.attempt(self._url, call)
+        if status == REPLACED or (status == RECEIVED and None not in (tag, self._tag) and tag != self._tag):
             raise CorruptionError(
-                f"{self._url}: the object ends at byte {start + len(data)}, but bytes up to {stop} are needed; it was "
-                "truncated: restore it or use another checkpoint",
+                f"{self._url}: the object was replaced while it was read; read the checkpoint anew, or use another one",
                 path=self._url,
             )
-        into[: stop - start] = data
+        if status == RECEIVED:
+            self._tag = self._tag or tag
+        return status == RECEIVED
+
+    def _read_by_fsspec(self, start: int, stop: int, into: memoryview) -> None:
+        for low in range(start, stop, PIECE):
+            high = min(low + PIECE, stop)
+            try:
+                data = self._store.read(self._url, low, high)
+            except FileNotFoundError as error:
+                raise self._missing() from error
+            if len(data) != high - low:
+                raise CorruptionError(
+                    f"{self._url}: the object ends at byte {low + len(data)}, but bytes up to {stop} are needed; it "
+                    "was truncated: restore it or use another checkpoint",
+                    path=self._url,
+                )
+            into[low - start : high - start] = data
 
     def _missing(self) -> CorruptionError:
         return CorruptionError(
@@ -330,6 +403,49 @@ def _make(url: str, scheme: str, options: Mapping[str, Any]) -> Any:
     if scheme in ("s3", "s3a"):
         system.retries = 1
     return system
+
+
+def _signer(system: Any, scheme: str, options: Mapping[str, Any]) -> Callable[[str], str] | None:
+    """What makes a URL, good for EXPIRES_S, of an object's name; None where plain HTTP would not do as fsspec does."""
+    if scheme in ("http", "https"):
+        from fsspec.config import conf
+
+        return None if options or conf.get(scheme) else str
+    if scheme not in ("s3", "s3a"):
+        return None
+    # what goes with every request, and other ways to the server
+    if system.s3_additional_kwargs or system.req_kw or system.version_aware:
+        return None
+    if {"proxies", "proxies_config", "client_cert"} & set(system.config_kwargs):
+        return None
+
+    def sign(key: str) -> str:
+        from fsspec.asyn import sync
+
+        sync(system.loop, system.set_session, timeout=READ_TIMEOUT_S)
+        client = sync(system.loop, system.get_s3, system.split_path(key)[0], timeout=READ_TIMEOUT_S)
+        # by default URLs are signed in a way that newer buckets do not take
+        client.meta.events.register_first("choose-signer.s3.GetObject", _by_version_4, unique_id="anyckpt")
+        return str(system.url(key, expires=EXPIRES_S))
+
+    return sign
+
+
+def _by_version_4(signature_version: Any, **_: Any) -> str | None:
+    """Keep what is about to be replaced by a former version."""
+    return "s3v4-query" if signature_version in ("v4-query", "s3v4-query") else None
+
+
+def _tls(system: Any) -> ssl.SSLContext:
+    """What https:// is connected with, by the options of S3's file system."""
+    verify = getattr(system, "client_kwargs", {}).get("verify")
+    if verify is None and getattr(system, "session", None) is not None:
+        verify = system.session.get_config_variable("ca_bundle")
+    context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
+    if verify is False:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def _entries(key: str, infos: Any) -> list[Entry]:

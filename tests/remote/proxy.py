@@ -27,6 +27,8 @@ class Proxy:
         fault: of (method, path), gives one of KINDS, "damage", "403", or None; called for each request.
         done: kinds of faults -> how often; "none" for requests that nothing was done to.
         sent: bytes of request bodies that the server got.
+        plain: requests that came by plain HTTP, of those that passed.
+        got: paths of objects -> bytes of them that were answered.
         delay: seconds before each request is passed on.
     """
 
@@ -36,6 +38,8 @@ class Proxy:
         self.fault: Callable[[str, str], str | None] = _nothing
         self.done: Counter[str] = Counter()
         self.sent = 0
+        self.plain = 0
+        self.got: Counter[str] = Counter()
         self.delay = 0.0
         self.lock = threading.Lock()
 
@@ -87,6 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers, data = self._pass(body)
             with proxy.lock:
                 proxy.sent += len(body)
+                proxy.plain += self.headers["User-Agent"] == "anyckpt"
+                if self.command == "GET":
+                    proxy.got[self.path.partition("?")[0]] += len(data)
             if kind == "500 though done":
                 self._error(500)
             elif kind == "reset though done":

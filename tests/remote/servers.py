@@ -57,13 +57,29 @@ def moto(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def rclone(folder: Path) -> Iterator[int]:
-    """rclone's S3 over a folder, which accepts one key. Gives its port; `folder/objects` has a folder per bucket."""
+def rclone(folder: Path, *more: str) -> Iterator[int]:
+    """rclone's S3 over a folder, which accepts one key. Gives its port; `folder/objects` has a folder per bucket.
+
+    It verifies signatures, those in URLs too, and when they expire. `more` are its own options, such as --cert.
+    """
     port = free_port()
-    program = shutil.which("rclone", path=os.path.dirname(sys.executable))
-    assert program is not None
     (folder / "objects" / "shelf").mkdir(parents=True)
-    command = [program, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
+    command = [_rclone(), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", *more]
     command += ["--config", str(folder / "rclone.conf"), "--vfs-cache-mode", "off", str(folder / "objects")]
     with _serving(command, port, folder / "rclone.log"):
         yield port
+
+
+@contextmanager
+def web(folder: Path, log: Path) -> Iterator[int]:
+    """rclone's web server over a folder, read-only. Gives its port."""
+    port = free_port()
+    command = [_rclone(), "serve", "http", "--addr", f"127.0.0.1:{port}", str(folder)]
+    with _serving(command, port, log):
+        yield port
+
+
+def _rclone() -> str:
+    program = shutil.which("rclone", path=os.path.dirname(sys.executable))
+    assert program is not None
+    return program

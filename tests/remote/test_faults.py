@@ -139,6 +139,7 @@ def _rounds(s3: str, proxy: Proxy, saved: Path, folder: Path, seeds: Iterator[in
         (data,) = (folder / f"{seed}" / "data").iterdir()
         assert filecmp.cmp(data, saved / "step_2" / "data" / data.name, shallow=False)
         shutil.rmtree(folder / f"{seed}")
+        assert proxy.plain
         if proxy.faults >= until and all(proxy.done[kind] for kind in KINDS):
             break
     return failures

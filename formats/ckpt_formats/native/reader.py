@@ -6,6 +6,7 @@ Reads metadata only; the bytes of chunks are read by reading.py. A checkpoint li
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 
 from ckpt_formats.digest import block_digests, digest
@@ -174,26 +175,32 @@ class _SizedSource:
         self._size = size
         self._lost = lost
         self._checked = False
+        self._lock = threading.Lock()
 
     @property
     def name(self) -> str:
         return self._source.name
 
     def size(self) -> int:
-        if not self._checked:
-            try:
-                require_size(self._source, self._size)
-            except CorruptionError as error:
-                lost = self._lost()
-                if lost:
-                    raise CorruptionError(
-                        f"{self.name}: {lost}. Load where the folders of all nodes can be reached, bring back the "
-                        "disk, or use another checkpoint",
-                        path=self.name,
-                    ) from error
-                raise
-            self._checked = True
+        # many threads begin with the same file, and one request says it to all
+        with self._lock:
+            if not self._checked:
+                self._check()
+                self._checked = True
         return self._size
+
+    def _check(self) -> None:
+        try:
+            require_size(self._source, self._size)
+        except CorruptionError as error:
+            lost = self._lost()
+            if lost:
+                raise CorruptionError(
+                    f"{self.name}: {lost}. Load where the folders of all nodes can be reached, bring back the "
+                    "disk, or use another checkpoint",
+                    path=self.name,
+                ) from error
+            raise
 
     def read(self, start: int, stop: int, into: memoryview) -> None:
         self.size()

@@ -16,9 +16,10 @@ import ssl
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 __all__ = ["EXPIRES_S", "RECEIVED", "REPLACED", "Answer", "PlainHttp"]
 
@@ -39,6 +40,8 @@ _AGAIN = {408, 425, 429, 500, 502, 503, 504}
 """Statuses after which the same request may succeed."""
 _DENIED = (400, 401, 403)
 """Statuses that a URL may get whose signature has expired."""
+_IN_URLS = "%/:=&?~#+!$,;'@()*[]"
+"""What a URL may have in it already."""
 _OTHER = 0
 """Stands for the status where this client can't connect, or got something else than it asked for."""
 
@@ -70,6 +73,8 @@ class PlainHttp:
         self._lock = threading.Lock()
         self._signing = threading.Lock()
         self._closed = False
+        # also when nobody uses it any more, and at the end of the process
+        self._finish = weakref.finalize(self, _close, self._idle)
 
     def get(self, name: str, start: int, stop: int, into: memoryview, *, tag: str | None, limit: float) -> Answer:
         """Ask once for the bytes start..stop of an object, to be put into memory of that size.
@@ -84,22 +89,24 @@ class PlainHttp:
                 it can't now. What `into` has then is undefined.
         """
         deadline = time.monotonic() + limit
-        place, fresh = self._place(name)
-        answer = self._ask(place, start, stop, into, tag, deadline)
-        if answer.status in _DENIED and not fresh:
-            place, _ = self._place(name, place)
+        denied = None
+        while True:
+            try:
+                place, fresh = self._place(name, denied)
+            except Exception:  # noqa: BLE001 - each library has errors of its own; the general way tells what it is
+                return Answer(_OTHER, None)
             answer = self._ask(place, start, stop, into, tag, deadline)
-        return answer
+            if fresh or answer.status not in _DENIED:
+                return answer
+            denied = place
 
     def close(self) -> None:
         """Close the connections; those in use when they are given back."""
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
-        for line in idle:
-            line.close()
+        self._finish()
 
-    def _place(self, name: str, denied: _Place | None = None) -> tuple[_Place, bool]:
+    def _place(self, name: str, denied: _Place | None) -> tuple[_Place, bool]:
         """Where an object is, not by the URL that was denied, and whether that was found just now."""
         # one thread signs for all
         with self._signing:
@@ -159,6 +166,11 @@ class PlainHttp:
             dropped.close()
 
 
+def _close(lines: list[_Line]) -> None:
+    while lines:
+        lines.pop().close()
+
+
 class _Place(NamedTuple):
     """Where an object is, by a URL."""
 
@@ -173,7 +185,7 @@ class _Place(NamedTuple):
     @classmethod
     def of(cls, url: str, since: float) -> _Place:
         parts = urlsplit(url)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), _IN_URLS)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         return cls(parts.scheme, parts.hostname or "", port, parts.netloc.rpartition("@")[2], target, since)
 

@@ -426,7 +426,7 @@ def _signer(system: Any, scheme: str, options: Mapping[str, Any]) -> Callable[[s
         client = sync(system.loop, system.get_s3, system.split_path(key)[0], timeout=READ_TIMEOUT_S)
         # by default URLs are signed in a way that newer buckets do not take
         client.meta.events.register_first("choose-signer.s3.GetObject", _by_version_4, unique_id="anyckpt")
-        return str(system.url(key, expires=EXPIRES_S))
+        return str(sync(system.loop, system._url, key, expires=EXPIRES_S, timeout=READ_TIMEOUT_S))
 
     return sign
 

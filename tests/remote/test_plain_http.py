@@ -139,6 +139,14 @@ def test_where_signed_urls_are_refused_fsspec_reads_and_they_are_left_alone_for_
     assert proxy.plain == 1
 
 
+def test_what_can_not_be_signed_is_read_by_fsspec(thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise NotImplementedError
+
+    monkeypatch.setattr(Store(thing).system, "_url", refuse)
+    assert _read(thing) == DATA[7:90_007]
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -9,33 +9,30 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from ckpt import collector
 from ckpt.events import Operation
 from ckpt.provenance import provenance
 from ckpt.saving.commit import Contents, FileNames, Part, commit, split_files
-from ckpt.storage.data_file import Chunk, Staging, write_data_file
+from ckpt.saving.sources import BytesSource
+from ckpt.storage.data_file import Staging, write_data_file
 from ckpt.storage.files import Files
 from ckpt.storage.publish import discard, prepare_folder
-from ckpt_formats.arrays import AnyArray
+from ckpt.transfer.feeding import Casts, Feed, Item, casts_of
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.codecs import RAW
 from ckpt_formats.errors import CheckpointError, SaveFailedError
-from ckpt_formats.geometry import Box, flat_boxes
+from ckpt_formats.geometry import Box
+from ckpt_formats.json_text import to_json
 from ckpt_formats.layout import Layout, Mesh, Resolved
 from ckpt_formats.layout.applying import resolve
-from ckpt_formats.manifest import RESERVED_PREFIX, Manifest, TensorMeta
+from ckpt_formats.manifest import RANK_PREFIX, RESERVED_PREFIX, Manifest
 from ckpt_formats.native import names
-from ckpt_formats.reading import Request
 from ckpt_formats.remote import folder_of
-
-WINDOW = 16 << 20
-"""Bytes that are read from the source at once."""
+from ckpt_formats.renaming import Rename
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -55,6 +52,9 @@ class ReshardResult:
     """Bytes that were written."""
     bytes_per_rank: Sequence[int]
     """Bytes in each target rank's file; what several ranks hold alike lies in one of them."""
+    overflowed: Sequence[str]
+    """Tensors with finite elements beyond the largest of the dtype asked for, which are what torch makes of them now:
+    infinite, not a number, or that largest."""
     seconds: float
 
 
@@ -64,20 +64,29 @@ def reshard(
     mesh: Mesh,
     layout: Layout | None = None,
     *,
+    select: Sequence[str] | None = None,
+    rename: Rename | None = None,
+    dtype: str | Mapping[str, str] | None = None,
     progress: Progress | None = None,
     files: Files | None = None,
 ) -> ReshardResult:
-    """Write the checkpoint `source` as a new one, `target`, in which each rank's bytes on `mesh` lie together.
+    """Write the checkpoint `source`, or a part of it, as a new one in which each rank's bytes on `mesh` lie together.
 
     Args:
         source: a checkpoint's folder, or its URL in a store.
         target: the new one's folder, which must not hold a checkpoint.
         mesh: axes and sizes, such as Mesh.parse("dp=2,tp=4").
         layout: how tensors lie on the ranks; see docs/layout.md for what goes without saying.
+        select: patterns of the tensors and values that are taken, as in layouts; all, unless it is given.
+        rename: what they are called in the new one, if otherwise; see ckpt.load.
+        dtype: what tensors are converted to, as torch's `Tensor.to` does it: all floating-point ones but for what
+            optimizers keep as scalars, or by pattern.
         progress: called after each chunk.
 
     Raises:
         CheckpointNotFoundError, CorruptionError, FormatError: of the source.
+        MissingTensorError, RenameError: a pattern or a rule matches nothing, or names collide.
+        DtypeMismatchError, UnknownDtypeError: a dtype can't be that of a tensor without loss, other than of a float.
         LayoutError: nothing says how an axis cuts, or rules are wrong, unused or at odds, or leave holes or overlaps.
         CheckpointExistsError: of the target.
         SaveFailedError: writing failed; nothing was committed.
@@ -85,7 +94,11 @@ def reshard(
     """
     files = files or Files()
     path = folder_of(target)
-    with collector.paused(), Operation("reshard", path) as operation, open_checkpoint(source) as checkpoint:
+    with (
+        collector.paused(),
+        Operation("reshard", path) as operation,
+        open_checkpoint(source, select=select, rename=rename) as checkpoint,
+    ):
         manifest = checkpoint.manifest
         operation.step = manifest.step
         resolved = resolve(manifest, mesh, layout or Layout())
@@ -98,7 +111,9 @@ def reshard(
                 progress(done, total)
 
         with operation.phase("plan"):
-            per_rank = _assign(checkpoint, resolved)
+            casts = casts_of(manifest, dtype)
+            own = _own(checkpoint)
+            per_rank = _assign(checkpoint, resolved, casts, own)
         total = sum(part.nbytes for held in per_rank for part in held)
         folder = prepare_folder(files, path)
         attempt = secrets.token_hex(8)
@@ -106,6 +121,7 @@ def reshard(
         # what was compressed stays so
         compress = any(codec != RAW for codec in checkpoint.locations.codecs)
         parts: list[Part] = []
+        overflowed: set[str] = set()
         try:
             for rank, held in enumerate(per_rank):
                 written = []
@@ -113,13 +129,18 @@ def reshard(
                 with operation.phase("write") as phase:
                     for number, some in enumerate(split_files(held)):
                         data = names.data_path(rank, number, attempt)
-                        chunks = _Feed(checkpoint, some, count).chunks()
+                        feed = Feed(checkpoint, some, count)
+                        chunks = [
+                            chunk._replace(source=BytesSource(own[chunk.name])) if chunk.name in own else chunk
+                            for chunk in feed.chunks()
+                        ]
                         written.append(write_data_file(files, path, data, chunks, staging, compress=compress))
                         chunk_names.append(FileNames.of([chunk.name for chunk in chunks]))
+                        overflowed |= feed.overflowed
                     phase.bytes = sum(file.size for file in written)
                 parts.append(Part(written, chunk_names))
             with operation.phase("commit"):
-                commit(files, folder, attempt, _contents(manifest, resolved), parts)
+                commit(files, folder, attempt, _contents(manifest, resolved, casts, own), parts)
             operation.bytes = total
         except BaseException as error:
             discard(files, folder, attempt)
@@ -136,29 +157,20 @@ def reshard(
         tensors=len(manifest.model_tensors),
         bytes=total,
         bytes_per_rank=[sum(part.nbytes for part in held) for held in per_rank],
+        overflowed=sorted(overflowed),
         seconds=operation.total,
     )
 
 
-class _Part(NamedTuple):
-    """A box that goes to a target rank's file."""
-
-    meta: TensorMeta
-    box: Box
-
-    @property
-    def nbytes(self) -> int:
-        return self.box.numel * self.meta.dtype.itemsize
-
-
-def _assign(checkpoint: Checkpoint, resolved: Resolved) -> list[list[_Part]]:
+def _assign(checkpoint: Checkpoint, resolved: Resolved, casts: Casts, own: Mapping[str, bytes]) -> list[list[Item]]:
     """For each target rank what goes to its file. What several ranks hold goes to the one with the least."""
     manifest, mesh = checkpoint.manifest, resolved.mesh
     load = [0] * mesh.size
-    held: list[list[_Part]] = [[] for _ in range(mesh.size)]
-    shared: list[tuple[_Part, list[int]]] = []
-    for name, meta in manifest.tensors.items():
+    held: list[list[Item]] = [[] for _ in range(mesh.size)]
+    shared: list[tuple[Item, list[int]]] = []
+    for name, stored in manifest.tensors.items():
         checkpoint.reader.require(name)
+        meta = stored._replace(shape=(len(own[name]),)) if name in own else stored
         if name.startswith(RESERVED_PREFIX):
             owners = {Box.whole(meta.shape): list(range(mesh.size))} if meta.numel else {}
         else:
@@ -170,7 +182,7 @@ def _assign(checkpoint: Checkpoint, resolved: Resolved) -> list[list[_Part]]:
                 if not holder.piece.copy or box in owners:
                     owners.setdefault(box, []).extend(mesh.ranks(holder.where))
         for box, ranks in owners.items():
-            part = _Part(meta, box)
+            part = Item(name, meta, casts.get(name, meta.dtype), box)
             if len(ranks) == 1:
                 held[ranks[0]].append(part)
                 load[ranks[0]] += part.nbytes
@@ -182,11 +194,23 @@ def _assign(checkpoint: Checkpoint, resolved: Resolved) -> list[list[_Part]]:
         held[rank].append(part)
         load[rank] += part.nbytes
     for parts in held:
-        parts.sort(key=lambda part: (part.meta.name, part.box))
+        parts.sort(key=lambda part: (part.name, part.box))
     return held
 
 
-def _contents(manifest: Manifest, resolved: Resolved) -> Contents:
+def _own(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What ranks have of their own under other names than it was saved, by the name of their bytes."""
+    owned = checkpoint.manifest.owned
+    if all(path == now for path, now in owned.items()):
+        return {}
+    return {
+        name: to_json(checkpoint.per_rank(int(name[len(RANK_PREFIX) :])))
+        for name in checkpoint.manifest.tensors
+        if name.startswith(RANK_PREFIX)
+    }
+
+
+def _contents(manifest: Manifest, resolved: Resolved, casts: Casts, own: Mapping[str, bytes]) -> Contents:
     mesh = resolved.mesh
     texts: dict[str, int] = {}
     tensors: dict[str, tuple[str, tuple[int, ...], int | None]] = {}
@@ -194,7 +218,8 @@ def _contents(manifest: Manifest, resolved: Resolved) -> Contents:
         cut = None
         if name in resolved.tensors:
             cut = texts.setdefault(resolved.cut(name), len(texts))
-        tensors[name] = (meta.dtype.name, meta.shape, cut)
+        shape = (len(own[name]),) if name in own else meta.shape
+        tensors[name] = (casts.get(name, meta.dtype).name, shape, cut)
     layout: dict[str, Any] = {
         "world_size": mesh.size,
         "meshes": [{"names": list(mesh.names), "shape": list(mesh.shape)}],
@@ -209,72 +234,3 @@ def _contents(manifest: Manifest, resolved: Resolved) -> Contents:
         layout=layout,
         provenance=provenance(made_by="reshard", source=os.path.basename(os.path.normpath(manifest.path))),
     )
-
-
-class _Feed:
-    """The elements of one target file's chunks, read from the source in the order in which they are written.
-
-    They are read a window at a time, small chunks many together.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, parts: Sequence[_Part], count: Callable[[int], None]) -> None:
-        self._checkpoint = checkpoint
-        self._parts = parts
-        self._count = count
-        self._window: dict[int, tuple[int, memoryview]] = {}
-
-    def chunks(self) -> list[Chunk]:
-        """The chunks, with this as the source of their bytes."""
-        return [
-            Chunk(meta.name, meta.dtype, meta.shape, box, _Fed(self, position))
-            for position, (meta, box) in enumerate(self._parts)
-        ]
-
-    def read(self, position: int, start: int, stop: int, into: memoryview) -> None:
-        """Fill `into` with bytes start..stop of a chunk."""
-        begin, data = self._window.get(position, (0, memoryview(b"")))
-        if start < begin or stop > begin + len(data):
-            self._fetch(position, start)
-            begin, data = self._window[position]
-        into[:] = data[start - begin : stop - begin]
-        self._count(stop - start)
-
-    def _fetch(self, position: int, start: int) -> None:
-        self._window = {}
-        requests: list[Request] = []
-        room = WINDOW
-        while room and position < len(self._parts):
-            meta, box = self._parts[position]
-            itemsize = meta.dtype.itemsize
-            nbytes = box.numel * itemsize
-            stop = min(nbytes, start + room // itemsize * itemsize)
-            if stop == start:
-                break
-            flat: AnyArray = np.empty((stop - start) // itemsize, dtype=meta.dtype.carrier)
-            if stop - start == nbytes:
-                requests.append(Request(meta.name, box, flat.reshape(box.sizes)))
-            else:
-                at = 0
-                for run in flat_boxes(box.sizes, start // itemsize, stop // itemsize):
-                    place = Box(tuple(o + b for o, b in zip(run.offsets, box.offsets, strict=True)), run.sizes)
-                    requests.append(Request(meta.name, place, flat[at : at + run.numel].reshape(run.sizes)))
-                    at += run.numel
-            self._window[position] = (start, flat.view(np.uint8).data)
-            room -= stop - start
-            position += 1
-            start = 0
-        self._checkpoint.read(requests)
-
-
-class _Fed:
-    """One chunk of a feed."""
-
-    __slots__ = ("_feed", "_position")
-
-    def __init__(self, feed: _Feed, position: int) -> None:
-        self._feed = feed
-        self._position = position
-
-    def read(self, start: int, stop: int, into: memoryview) -> None:
-        """Fill `into` with bytes start..stop of the chunk."""
-        self._feed.read(self._position, start, stop, into)

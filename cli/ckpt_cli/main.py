@@ -28,6 +28,9 @@ VERBS = {
     "verify": _Verb("ckpt_cli.verify", "Check every byte of a checkpoint against its checksum."),
     "diff": _Verb("ckpt_cli.diff", "Tell what differs between two checkpoints."),
     "reshard": _Verb("ckpt_cli.reshard", "Write a checkpoint anew, cut for another mesh."),
+    "convert": _Verb(
+        "ckpt_cli.convert", "Write a checkpoint, or a part, in another dtype, format, or with other names."
+    ),
     "copy": _Verb("ckpt_cli.copy", "Copy a checkpoint or a run, every byte verified."),
     "prune": _Verb("ckpt_cli.prune", "Remove old checkpoints of a run by a rule, and debris."),
     "tag": _Verb("ckpt_cli.tag", "Give a checkpoint names, pin it, record metrics beside it."),

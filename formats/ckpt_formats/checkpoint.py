@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import EllipsisType, TracebackType
 from typing import Any, Self, overload
@@ -29,6 +29,7 @@ from ckpt_formats.native.reader import open_native
 from ckpt_formats.reading import Reader, ReadStats, Request
 from ckpt_formats.remote import tidy
 from ckpt_formats.renaming import Rename, renamed
+from ckpt_formats.selecting import selected
 from ckpt_formats.values.tree import brief
 
 Index = int | slice | EllipsisType
@@ -251,19 +252,26 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], wrap: Wrap = as_numpy, *, rename: Rename | None = None, held: bool = True
+    path: str | os.PathLike[str],
+    wrap: Wrap = as_numpy,
+    *,
+    select: Sequence[str] | None = None,
+    rename: Rename | None = None,
+    held: bool = True,
 ) -> Checkpoint:
     """Open the checkpoint in folder `path`, reading only its root.
 
     Args:
         path: a checkpoint's folder, or its URL in a store.
         wrap: makes what indexing returns out of raw elements; numpy arrays by default.
-        rename: what is called otherwise than it was saved; see renaming.renamed.
+        select: patterns of what is to be seen of it; see selecting.selected.
+        rename: what of that is called otherwise than it was saved; see renaming.renamed.
         held: keep it from being pruned until it is closed.
 
     Raises:
         CheckpointNotFoundError: none was committed there.
         CorruptionError, FormatError: its root is damaged or wrong.
+        MissingTensorError: a pattern of `select` matches nothing.
         RenameError: a rule of `rename` is wrong or unused, or gives two things one name.
         StoreError: its store can't be read.
     """
@@ -271,6 +279,8 @@ def open_checkpoint(
     using = _hold(folder) if held else None
     try:
         manifest, locations, _ = open_native(folder)
+        if select is not None:
+            manifest = selected(manifest, select)
         if rename is not None:
             manifest = renamed(manifest, rename)
     except BaseException:

@@ -153,7 +153,8 @@ class Manifest:
             of_page=self._of_page,
             load_page=self._load_page,
         )
-        made.owned = owned
+        before = {path: None if now is None else owned.get(now, now) for path, now in self.owned.items()}
+        made.owned = {**owned, **before}
         return made
 
     @property

@@ -14,6 +14,7 @@ from typing import Any
 from ckpt_formats.errors import RenameError
 from ckpt_formats.layout.patterns import Pattern, fields_of, render
 from ckpt_formats.manifest import RESERVED_PREFIX, Manifest, TensorMeta
+from ckpt_formats.selecting import payloads, references
 
 __all__ = ["Rename", "renamed"]
 
@@ -120,7 +121,7 @@ class _Renaming:
         values: dict[str, Any] = {}
         for path, value in manifest.values.items():
             name = new[path]
-            for tag, reference in _references(value):
+            for tag, reference in references(value):
                 if tag == "$per_rank":
                     owned[reference] = self._below(path, reference)
             if name is None:
@@ -129,6 +130,7 @@ class _Renaming:
             groups = key != path and key in modules
             made = self._groups(value, self._home(key), modules[key]) if groups else value
             values[name] = self._rewritten(path, made, owned)
+        tensors |= payloads(manifest, values, owned)
         return manifest.derived(
             tensors=tensors, aliases=aliases, values=values, entries=self._entries(new, modules), owned=owned
         )
@@ -137,7 +139,9 @@ class _Renaming:
 
     def _find_followers(self) -> None:
         for path, value in self._manifest.values.items():
-            for tag, reference in _references(value):
+            for tag, reference in references(value):
+                if tag == "blob":
+                    continue
                 name = f"{path}.{reference}" if tag == "$subclass" else reference
                 if tag != "$per_rank" and name.startswith(path + "."):
                     self._follows[name] = path
@@ -284,7 +288,6 @@ class _Renaming:
         aliases: dict[str, str] = {}
         for name, meta in self._manifest.tensors.items():
             if name.startswith(RESERVED_PREFIX):
-                tensors[name] = meta
                 continue
             made = [new[twin] for twin in self._twins.get(name, [name])]
             left = list(dict.fromkeys(twin for twin in made if twin is not None))
@@ -401,20 +404,3 @@ def _listed(groups: Any) -> list[Mapping[str, Any]]:
 def _parameters(group: Mapping[str, Any]) -> list[str]:
     names = group.get("params")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
-
-
-def _references(value: Any) -> Iterator[tuple[str, str]]:
-    """(tag, name) of what an encoded value refers to; of a subclass, its parts."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _references(item)
-    elif isinstance(value, dict):
-        if len(value) == 1:
-            ((tag, payload),) = value.items()
-            if tag in ("$tensor", "$per_rank") and isinstance(payload, str):
-                yield tag, payload
-                return
-            if tag == "$subclass" and isinstance(payload, Mapping) and isinstance(payload.get("parts"), list):
-                yield from ((tag, part) for part in payload["parts"] if isinstance(part, str))
-        for item in value.values():
-            yield from _references(item)

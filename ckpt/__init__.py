@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ckpt.loop.checkpointer import Checkpointer
     from ckpt.sampler import Sampler
     from ckpt.saving.save import SaveResult
-    from ckpt.state import RNG, PerRank, Shard, Stages, mark
+    from ckpt.state import RNG, PerRank, Shard, Stages, mark, mark_layout
     from ckpt_formats import errors
     from ckpt_formats.checkpoint import Checkpoint
     from ckpt_formats.values import register_value
@@ -50,6 +50,7 @@ __all__ = [
     "events",
     "load",
     "mark",
+    "mark_layout",
     "open",
     "register_value",
     "save",
@@ -75,6 +76,7 @@ _HOMES = {
     "async_save": "ckpt.api",
     "load": "ckpt.api",
     "mark": "ckpt.state",
+    "mark_layout": "ckpt.state",
     "open": "ckpt.api",
     "register_value": "ckpt_formats.values",
     "save": "ckpt.api",

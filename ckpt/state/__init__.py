@@ -6,6 +6,7 @@ here knows files, processes or how checkpoints are stored.
 
 from ckpt.state import tensor_values as _tensor_values  # noqa: F401 - torch's types become values
 from ckpt.state.flatten import flatten
+from ckpt.state.marking import mark_layout
 from ckpt.state.modules import Stages, mark
 from ckpt.state.rng import RNG
 from ckpt.state.target import Target, build_target
@@ -37,4 +38,5 @@ __all__ = [
     "build_target",
     "flatten",
     "mark",
+    "mark_layout",
 ]

@@ -26,7 +26,7 @@ from ckpt.state.fsdp1 import FlatMember, flat_parameter, members_of
 from ckpt.state.types import Lowered, by_hand
 from ckpt_formats.errors import StateError
 
-__all__ = ["CustomModule", "ModuleState", "Stages", "mark", "walk_module"]
+__all__ = ["CustomModule", "ModuleState", "Stages", "mark", "note_mark", "walk_module"]
 
 _EXTRA_STATE = "_extra_state"  # nn.Module.state_dict's own suffix
 
@@ -333,7 +333,13 @@ def mark(
     whole = tuple(int(size) for size in global_shape)
     shape = tuple(tensor.shape)
     given = [(offsets, (0,) * len(shape), shape)] if offsets is not None else list(parts or ())
-    module.__dict__.setdefault(_MARKS, {})[name] = shape, by_hand(shape, whole, given)
+    note_mark(module, name, by_hand(shape, whole, given))
+
+
+def note_mark(module: nn.Module, name: str, lowered: Lowered) -> None:
+    """Keep a mark of a parameter or buffer that the module has, of the shape that it has now."""
+    tensor: Any = module._parameters.get(name, module._buffers.get(name))
+    module.__dict__.setdefault(_MARKS, {})[name] = tuple(tensor.shape), lowered
 
 
 def _enter_marked(

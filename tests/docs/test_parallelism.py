@@ -43,12 +43,13 @@ def test_the_examples_save_what_they_say(tmp_path: Path) -> None:
         {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         for checkpoint in (ckpt.open(tmp_path / str(number)) for number in range(len(EXAMPLES)))
     ]
-    assert len(EXAMPLES) == 9
-    for number in (0, 1, 2, 4, 7):
+    assert len(EXAMPLES) == 10
+    for number in (0, 1, 2, 4, 8):
         assert {name.removeprefix("model."): tuple(shape) for name, shape in shapes[number].items()} == {
             name: tuple(tensor.shape) for name, tensor in whole.items()
         }, EXAMPLES[number]
     assert shapes[3] == {"up": (9, 5)}
     assert shapes[5] == {"model.weight": (24, 5)}
     assert shapes[6] == {"model.weight": (11, 5)}
-    assert set(shapes[8]) == {f"model.experts.{k}.{part}" for k in range(4) for part in ("weight", "bias")}
+    assert shapes[7] == {"model.embed.weight": (11, 5), "model.qkv.weight": (24, 5)}
+    assert set(shapes[9]) == {f"model.experts.{k}.{part}" for k in range(4) for part in ("weight", "bias")}

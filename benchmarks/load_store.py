@@ -2,30 +2,41 @@
 
     python -m benchmarks.load_store [--quick]
 
-The server is rclone's, over a folder whose files are cached. Needs `anyckpt[dev]`.
+The GETs are http.client's, into memory that is there, by as many connections as do best: the least that a Python
+program can take. Beside them s3fs' own concurrent ranges, and torch DCP with its reader for fsspec. The server is
+rclone's, over a folder whose files are cached, on the same cores. Needs `anyckpt[dev]`.
 """
 
 from __future__ import annotations
 
 import http.client
 import os
+import random
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
 import ckpt
 from benchmarks.interleave import Measure
 from benchmarks.report import Section, Yardstick, consoles, machine, show, show_machine, show_verdict
-from ckpt_formats.remote import configure
+from ckpt_formats.remote import Store, configure
 
 _SHAPE = (2048, 2048)
 _TENSOR_BYTES = 16 << 20
@@ -93,13 +104,30 @@ def _get(port: int, paths: list[tuple[str, int]], threads: int, into: memoryview
         list(pool.map(work, shares))
 
 
+def _s3fs(paths: list[tuple[str, int]]) -> None:
+    """The same ranges by s3fs, which gives them as bytes."""
+    names, starts, stops = [], [], []
+    for path, size in paths:
+        for start in range(0, size, _RANGE):
+            names.append(path.lstrip("/"))
+            starts.append(start)
+            stops.append(min(start + _RANGE, size))
+    got = Store("s3://bucket").system.cat_ranges(names, starts, stops, on_error="raise")
+    if sum(map(len, got)) != sum(size for _, size in paths):
+        raise RuntimeError("s3fs ended early")
+
+
+def _dcp(state: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
+    dcp_load(state, storage_reader=FsspecReader("s3://bucket/dcp", **options), no_dist=True)
+
+
 @click.command()
 @click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(".bench"), show_default=True)
 @click.option("--size", type=click.IntRange(64), default=1024, show_default=True, help="MiB, in tensors of 16 MiB.")
 @click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--quick", is_flag=True, help="256 MiB, 2 repetitions: to see that it runs, not for figures.")
 def main(folder: Path, size: int, repetitions: int, quick: bool) -> None:
-    """Load from an S3 server on loopback: plain ranged GETs and ckpt, interleaved."""
+    """Load from an S3 server on loopback: plain ranged GETs, ckpt and its peers, interleaved."""
     if quick:
         size, repetitions = 256, 2
     console, _ = consoles()
@@ -112,33 +140,40 @@ def main(folder: Path, size: int, repetitions: int, quick: bool) -> None:
         state = {f"w{i}": torch.rand(_SHAPE) for i in range(size * 2**20 // _TENSOR_BYTES)}
         expected = {name: tensor.clone() for name, tensor in state.items()}
         ckpt.save({"model": state}, bucket / "checkpoint")
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp_save(state, storage_writer=FileSystemWriter(bucket / "dcp"), no_dist=True)
+        for file in (bucket / "dcp").iterdir():
+            file.read_bytes()
         files = sorted((bucket / "checkpoint" / "data").iterdir())
         paths = [(f"/bucket/checkpoint/data/{file.name}", len(file.read_bytes())) for file in files]
         memory = torch.zeros(sum(size for _, size in paths), dtype=torch.uint8).numpy().data
         with _server(scratch) as port:
             options = {"anon": True, "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
             configure("s3://bucket", options)
-            measures = {
-                threads: Measure("load", "ranged GETs", f"{threads} at once, {_RANGE >> 20} MiB each", 0.0)
-                for threads in _THREADS
-            }
+            gets = [Measure("load", "ranged GETs", f"{n} at once, {_RANGE >> 20} MiB each", 0.0) for n in _THREADS]
+            runs: list[tuple[Measure, Callable[[], object]]] = [
+                (get, partial(_get, port, paths, threads, memory)) for get, threads in zip(gets, _THREADS, strict=True)
+            ]
             ours = Measure("load", "ckpt", "defaults", 0.0)
+            runs += [
+                (ours, partial(ckpt.load, {"model": state}, "s3://bucket/checkpoint")),
+                (Measure("load", "s3fs", f"cat_ranges, {_RANGE >> 20} MiB each", 0.0), partial(_s3fs, paths)),
+                (Measure("load", "torch DCP", "FsspecReader", 0.0), partial(_dcp, state, options)),
+            ]
             for repetition in range(-1, repetitions):
-                for threads, measure in measures.items():
+                for measure, run in random.sample(runs, len(runs)):
+                    for tensor in state.values():
+                        tensor.zero_()
                     begin = time.monotonic()
-                    _get(port, paths, threads, memory)
+                    run()
                     _note(measure, repetition, time.monotonic() - begin)
-                for tensor in state.values():
-                    tensor.zero_()
-                begin = time.monotonic()
-                ckpt.load({"model": state}, "s3://bucket/checkpoint")
-                _note(ours, repetition, time.monotonic() - begin)
-                if not all(torch.equal(state[name], expected[name]) for name in state):
-                    raise AssertionError("other bytes were loaded than were saved")
-        limit = min(measures.values(), key=lambda measure: sorted(measure.seconds)[len(measure.seconds) // 2])
+                    loads = measure.system in ("ckpt", "torch DCP")
+                    if loads and not all(torch.equal(state[name], expected[name]) for name in state):
+                        raise AssertionError("other bytes were loaded than were saved")
+        limit = min(gets, key=lambda measure: statistics.median(measure.seconds))
         section = Section(
             title=f"Load from an S3 server on loopback: 1 process, {size / 1024:g} GiB",
-            measures=[*measures.values(), ours],
+            measures=[measure for measure, _ in runs],
             nbytes=size << 20,
             yardstick=Yardstick("x GETs", lambda m: [a / b for a, b in zip(m.seconds, limit.seconds, strict=True)]),
             targets={"ckpt": _TARGET},

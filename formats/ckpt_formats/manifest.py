@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -72,6 +72,8 @@ class ChunkRows:
     """[m, 16]."""
     fetch: Callable[[TensorMeta, int, int], None] | None = None
     """Brings rows of a tensor, from the first up to the last, numbered within the page; None if all are there."""
+    bring: Callable[[Sequence[tuple[TensorMeta, int, int]]], None] | None = None
+    """Does the slow part of many such fetches at once; None where that is no faster."""
 
 
 class Manifest:
@@ -219,6 +221,28 @@ class Manifest:
             with self._lock:
                 page.fetch(meta, first, last)
 
+    def bring(self, wanted: Iterable[tuple[TensorMeta, Box | Int64Array]]) -> None:
+        """Prepare for the fetches of many rows, where that is faster together: of a box's chunks, or given by number.
+
+        Raises CorruptionError: the index is damaged there.
+        """
+        spans: dict[int, list[tuple[TensorMeta, int, int]]] = {}
+        for meta, what in wanted:
+            if not meta.rows or self.ranged_page(meta.page).bring is None:
+                continue
+            if not isinstance(what, Box):
+                rows = what
+            elif meta.grid is not None:
+                rows = grid_of(meta.grid).meeting(what) + meta.row
+            else:
+                rows = np.arange(meta.row, meta.row + meta.rows)
+            spans.setdefault(meta.page, []).extend((meta, first, last) for first, last in _runs(rows))
+        for number, some in spans.items():
+            bring = self.ranged_page(number).bring
+            if bring is not None:
+                with self._lock:
+                    bring(some)
+
     def chunks_in(self, meta: TensorMeta, box: Box) -> tuple[Int64Array, Int64Array, Int64Array]:
         """The chunks that meet a box with elements: their rows [n] in the page, offsets and sizes [n, ndim].
 
@@ -232,9 +256,8 @@ class Manifest:
             rows, _, _ = intersect_rows(offsets, sizes, box)
             return rows + meta.row, offsets[rows], sizes[rows]
         rows = grid_of(meta.grid).meeting(box) + meta.row
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        for low, high in itertools.pairwise([0, *breaks.tolist(), len(rows)]):
-            self.fetch(meta, int(rows[low]), int(rows[high - 1]) + 1)
+        for first, last in _runs(rows):
+            self.fetch(meta, first, last)
         return rows, page.offset[rows, :ndim], page.size[rows, :ndim]
 
     def chunks(self, meta: TensorMeta) -> tuple[Int64Array, Int64Array]:
@@ -274,6 +297,14 @@ class Manifest:
         self.fetch(meta, meta.row, meta.row + meta.rows)
         rows = slice(meta.row, meta.row + meta.rows)
         return page.offset[rows, :ndim], page.size[rows, :ndim]
+
+
+def _runs(rows: Int64Array) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as runs, each from its first up to its last."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for low, high in itertools.pairwise([0, *breaks.tolist(), len(rows)]):
+        if low < high:
+            yield int(rows[low]), int(rows[high - 1]) + 1
 
 
 def plainly_covered(metas: Sequence[TensorMeta], offset: Int64Array, size: Int64Array) -> list[bool]:

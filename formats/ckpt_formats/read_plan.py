@@ -103,11 +103,22 @@ class Planner:
             MissingTensorError, CoverageError, UnknownCodecError: as their names say.
         """
         plan = ReadPlan()
+        if self._locations.far:
+            requests = list(requests)
+            self._manifest.bring(self._known(requests))
         for request in requests:
             self._add(request, plan)
             plan.bytes_needed += request.into.nbytes
         plan.sort()
         return plan
+
+    def _known(self, requests: Iterable[Request]) -> Iterator[tuple[TensorMeta, Box]]:
+        """The tensors and boxes of requests, but for those that are refused when they are looked at one by one."""
+        tensors, aliases = self._manifest.tensors, self._manifest.aliases
+        for name, box, _ in requests:
+            meta = tensors.get(name) or tensors.get(aliases.get(name, name))
+            if meta is not None and box.numel and Box.whole(meta.shape).contains(box):
+                yield meta, box
 
     def _add(self, request: Request, plan: ReadPlan) -> None:
         name, box, into = request

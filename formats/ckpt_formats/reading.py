@@ -174,6 +174,7 @@ class Reader:
         table = self._pages.table(meta.page)
         if table.partial and meta.rows > SAMPLE and box.sizes == meta.shape:
             rows = np.linspace(meta.row, meta.row + meta.rows - 1, SAMPLE, dtype=np.int64)
+            self._manifest.bring([(meta, np.unique(rows))])
             for row in rows.tolist():
                 self._manifest.fetch(meta, row, row + 1)
         else:

@@ -7,7 +7,8 @@ address space that was never touched. docs/format.md, "Reading a page in part".
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -22,6 +23,13 @@ from ckpt_formats.sources import ByteSource
 
 _COLUMNS = ("offset", "size", "file", "start", "length", "codec", "digest", "block")
 
+GAP = 32
+"""Leaves that are read from far beside those that are needed, rather than to ask twice."""
+MOST = 2048
+"""Leaves that are asked for at once, at most."""
+THREADS = 16
+"""Threads that ask from far at the same time."""
+
 Check = Callable[[IndexRows, TensorMeta, int], None]
 
 
@@ -32,17 +40,19 @@ class RangedPage:
         rows: all rows of the page, of which those that were not fetched are zeros.
     """
 
-    def __init__(self, source: ByteSource, page: PageFile, block_size: int, check: Check) -> None:
+    def __init__(self, source: ByteSource, page: PageFile, block_size: int, check: Check, *, far: bool = False) -> None:
         """Read what is needed to read rows: the leaf digests, verified by the root's, and the header of the page.
 
         Args:
             check: raises FormatError unless rows that were fetched are what they may be.
+            far: whether it pays to ask for several ranges at a time, and for few.
 
         Raises:
             CorruptionError, FormatError: as `load_page`.
         """
         self._source = source
         self._check = check
+        self._far = far
         self._block_size = block_size
         count, end = leaves_of(page.size)
         self._end = end
@@ -79,6 +89,8 @@ class RangedPage:
             CorruptionError: the page is damaged there.
             FormatError: a row claims what can't be.
         """
+        if self._far:
+            self.bring([(meta, first, last)])
         for name in _COLUMNS:
             start, width = self._starts[name]
             self._need(start + first * width, start + last * width)
@@ -88,20 +100,58 @@ class RangedPage:
             block_digest=rows.block_digest,
         )
         require_numbers(part, self._source.name)
-        if (part.block >= 0).any():
-            self._need_blocks(part, meta.dtype.itemsize)
+        for low, high in self._blocks_of(meta, first, last):
+            self._need(low, high)
         self._check(part, meta, first)
 
-    def _need_blocks(self, part: IndexRows, itemsize: int) -> None:
-        """Bring the block digests of some rows, as many for each as its box has blocks."""
+    def bring(self, spans: Sequence[tuple[TensorMeta, int, int]]) -> None:
+        """Have what `fetch` of each of these (tensor, first, last) needs: neighbours together, several at a time.
+
+        Raises CorruptionError as `fetch`.
+        """
+        starts = [self._starts[name] for name in _COLUMNS]
+        self._need_all(
+            (start + first * width, start + last * width) for start, width in starts for _, first, last in spans
+        )
+        self._need_all(blocks for span in spans for blocks in self._blocks_of(*span))
+
+    def _blocks_of(self, meta: TensorMeta, first: int, last: int) -> Iterable[tuple[int, int]]:
+        """Where the block digests of some rows lie in the page, as many for each as its box has blocks."""
         start, width = self._starts["block_digest"]
+        count = len(self.rows.block_digest)
+        block = self.rows.block[first:last]
+        if not (block >= 0).any():
+            return
         # in floating point: whether the numbers can be is checked later
-        nbytes = np.prod(part.size.astype(np.float64), axis=1) * itemsize
-        for row in np.flatnonzero(part.block >= 0).tolist():
-            low = int(part.block[row])
-            high = min(low + nbytes[row] // self._block_size + 1, len(part.block_digest))
+        nbytes = np.prod(self.rows.size[first:last].astype(np.float64), axis=1) * meta.dtype.itemsize
+        for row in np.flatnonzero(block >= 0).tolist():
+            low = int(block[row])
+            high = int(min(low + nbytes[row] // self._block_size + 1, count))
             if low < high:
-                self._need(start + low * width, start + int(high) * width)
+                yield start + low * width, start + high * width
+
+    def _need_all(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Have the leaves of ranges of bytes, by few requests, several at a time."""
+        there = self._there
+        parts = [(start // LEAF, -(-stop // LEAF)) for start, stop in ranges if start < stop]
+        parts = [(low, high) for low, high in set(parts) if there.find(0, low, high) >= 0]
+        if not parts:
+            return
+        leaves = np.unique(np.concatenate([np.arange(low, high) for low, high in parts]))
+        runs: list[list[int]] = []
+        for leaf in leaves[np.frombuffer(there, np.uint8)[leaves] == 0].tolist():
+            low, high = runs[-1] if runs else (0, -GAP - 1)
+            # what is there is not read again: others may look at it
+            if leaf <= high + GAP and leaf - low < MOST and there.find(1, high, leaf) < 0:
+                runs[-1][1] = leaf + 1
+            else:
+                runs.append([leaf, leaf + 1])
+        if len(runs) < 2:
+            for low, high in runs:
+                self._need(low * LEAF, high * LEAF)
+            return
+        with ThreadPoolExecutor(min(THREADS, len(runs)), thread_name_prefix="ckpt-index") as pool:
+            list(pool.map(lambda run: self._need(run[0] * LEAF, run[1] * LEAF), runs))
 
     def _need(self, start: int, stop: int) -> None:
         """Have the leaves of a range of bytes."""

@@ -111,6 +111,7 @@ def open_native(
     pages: dict[int, IndexRows] = {}
     parts: dict[int, RangedPage] = {}
     checks = RowChecks(root)
+    far = is_url(path)
 
     # these are called under the manifest's lock or for a page that is loaded already
 
@@ -127,16 +128,16 @@ def open_native(
             def check(rows: IndexRows, meta: TensorMeta, first: int) -> None:
                 checks.check(rows, [meta], source.name, first)
 
-            parts[number] = RangedPage(source, root.pages[number], root.block_size, check)
+            parts[number] = RangedPage(source, root.pages[number], root.block_size, check, far=far)
         return parts[number]
 
     def chunk_rows(number: int, whole: bool) -> ChunkRows:
         if whole or number in pages or root.pages[number].leaf != LEAF:
-            rows, fetch = load(number), None
+            rows, fetch, bring = load(number), None, None
         else:
             part = load_part(number)
-            rows, fetch = part.rows, part.fetch
-        return ChunkRows(rows.offset, rows.size, rows.digest, rows.block, rows.block_digest, fetch)
+            rows, fetch, bring = part.rows, part.fetch, part.bring if far else None
+        return ChunkRows(rows.offset, rows.size, rows.digest, rows.block, rows.block_digest, fetch, bring)
 
     def places(number: int) -> Sequence[Places]:
         part = None if number in pages else parts.get(number)
@@ -164,7 +165,7 @@ def open_native(
         return missing_text(where.missing(file.path for file in root.files))
 
     sources = [_SizedSource(open_source(where.find(file.path)), file.size, lost) for file in root.files]
-    return manifest, LocationMap(sources, root.codecs, places, far=is_url(path)), root
+    return manifest, LocationMap(sources, root.codecs, places, far=far), root
 
 
 class _SizedSource:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,11 @@ from ckpt_formats.checkpoint import open_checkpoint
 from ckpt_formats.dtypes import dtype
 from ckpt_formats.errors import CorruptionError, CoverageError, FormatError
 from ckpt_formats.geometry import Box
+from ckpt_formats.native import ranged
 from ckpt_formats.native.index import LEAF, pack_with_leaves, rows_of
 from ckpt_formats.native.reader import read_root
+from ckpt_formats.reading import Request
+from ckpt_formats.remote import RemoteFile, Store
 from ckpt_formats.verify import verify
 from tests.formats.native.tampering import Tampered
 from tests.formats.native.whole import ATTEMPT
@@ -128,6 +133,75 @@ def test_a_chunk_of_a_grid_takes_few_leaves_of_the_index(
     # the end of each page, with its leaf digests, and at most two leaves for each column of each tensor
     assert sum(reads) <= len(pages) * (2 << 20) + len(names) * 9 * 2 * LEAF
     assert sorted(reads)[-3] <= 4 * LEAF
+
+
+@pytest.fixture
+def stored(wide: tuple[Path, dict[str, AnyArray]]) -> Iterator[str]:
+    """The same checkpoint in a store."""
+    url = f"memory://wide/{uuid.uuid4().hex}"
+    store = Store(url)
+    for path in wide[0].rglob("*"):
+        if path.is_file():
+            store.put(f"{url}/{path.relative_to(wide[0])}", path.read_bytes())
+    yield url
+    for entry in store.walk(url):
+        store.remove(f"{url}/{entry.name}")
+
+
+def _far_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each read of an index page in a store from now on."""
+    reads: list[int] = []
+    read = RemoteFile.read
+
+    def counted(self: RemoteFile, start: int, stop: int, into: memoryview) -> None:
+        if "/index/" in self.name:
+            reads.append(stop - start)
+        read(self, start, stop, into)
+
+    monkeypatch.setattr(RemoteFile, "read", counted)
+    return reads
+
+
+def test_from_a_store_rows_of_many_tensors_come_by_few_requests(
+    stored: str, wide: tuple[Path, dict[str, AnyArray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [name for number, name in enumerate(wide[1]) if number % 3 < 2]
+    reads = _far_reads(monkeypatch)
+    with open_checkpoint(stored) as checkpoint:
+        requests = [Request(name, Box((100, 0), (2, 4)), np.empty((2, 4), np.float32)) for name in names]
+        checkpoint.read(requests)
+    assert all(request.into.tobytes() == wide[1][request.name][100:102].tobytes() for request in requests)
+    # the leaf digests and the header of two pages, and then one by one it would be some hundred
+    assert len(reads) <= 20
+    assert sum(reads) <= sum(page.size for page in read_root(stored).pages)
+
+
+def test_from_a_store_what_is_read_in_part_is_what_was_written(
+    stored: str, wide: tuple[Path, dict[str, AnyArray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranged, "GAP", 2)
+    monkeypatch.setattr(ranged, "MOST", 3)
+    reads = _far_reads(monkeypatch)
+    rng = np.random.default_rng(2)
+    with open_checkpoint(stored) as checkpoint:
+        for name, array in wide[1].items():
+            low = rng.integers(0, SHAPE)
+            high = rng.integers(low, SHAPE) + 1
+            part = tuple(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))
+            assert checkpoint[name][part].tobytes() == array[part].tobytes()
+    # no leaf twice
+    assert sum(reads) <= sum(page.size for page in read_root(stored).pages) + (1 << 20)
+
+
+def test_from_a_store_damage_of_a_row_is_found(stored: str, wide: tuple[Path, dict[str, AnyArray]]) -> None:
+    page = read_root(stored).pages[0]
+    data = bytearray(Store(stored).read(f"{stored}/{page.path}"))
+    data[page.size // 3] ^= 1
+    Store(stored).put(f"{stored}/{page.path}", bytes(data))
+    with open_checkpoint(stored) as checkpoint:
+        whole = [Request(name, Box.whole(SHAPE), np.empty(SHAPE, np.float32)) for name in wide[1]]
+        with pytest.raises(CorruptionError, match="of the index do not fit"):
+            checkpoint.read(whole)
 
 
 def test_damage_is_found_where_it_is_read_and_only_there(

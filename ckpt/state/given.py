@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ckpt.state.containers import references
 from ckpt.state.rng import RNG
 from ckpt.state.types import PerRank, PerRankRef, TensorRef
 
@@ -81,6 +82,14 @@ class Given:
             return kind(None if item is ABSENT else item for item in items)
         return marked
 
+    def fill_state(self, marked: Any, current: Callable[[], Any]) -> Any:
+        """The same for a state that an object gave, and will be given: `current` asks it for what it is now.
+
+        It is asked only if there are per-rank values in the state, whose rules it knows.
+        """
+        has_own = any(isinstance(mark, PerRankRef) for mark in references(marked))
+        return self.fill(marked, current() if has_own else ABSENT)
+
     def own(self, path: str, current: Any, *, wrap: bool) -> Any:
         """This rank's value, or what it has now if none was saved for it."""
         if path not in self.per_rank:
@@ -97,18 +106,26 @@ class Given:
     def _of_others(self, path: str, current: Any, *, wrap: bool) -> Any:
         """A value made by its rule of what another number of ranks had saved, or what is there now."""
         others = self._others
-        if others is not None and wrap and isinstance(current, RNG):
+        if others is not None and isinstance(current, RNG):
             near = others.saved(others.rank % others.count).get(path)
             if near is not None:
                 current.derive(self.fill(near), others.rank, others.world_size)
                 self.derived.append(path)
-                return current
-        if others is not None and wrap and isinstance(current, PerRank) and current.resize is not None:
+                return current if wrap else current.state_dict()
+        if others is not None and isinstance(current, PerRank) and current.resize is not None:
             states = [others.saved(rank) for rank in range(others.count)]
             if all(path in state for state in states):
                 known = [self.fill(state[path]) for state in states]
-                current.give(current.resize(known, others.rank, others.world_size))
+                made = current.resize(known, others.rank, others.world_size)
                 self.derived.append(path)
+                if not wrap:
+                    return made
+                current.give(made)
                 return current
         self.skipped.append(path)
-        return current
+        if wrap:
+            return current
+        # whoever is given its state by load_state_dict gave it with marks, and gets it without
+        if isinstance(current, PerRank):
+            return current.take()
+        return current.state_dict() if isinstance(current, RNG) else current

@@ -24,7 +24,7 @@ from ckpt.state.modules import ModuleState, walk_module
 from ckpt.state.optimizers import Parameters, enter_optimizer, name_parameters
 from ckpt.state.rng import RNG
 from ckpt.state.slots import OptimizerTarget
-from ckpt.state.types import Disassembled, LocalTensor, PerRank, PerRankRef, SavedState, Shard, TensorRef
+from ckpt.state.types import Disassembled, LocalTensor, PerRank, SavedState, Shard, TensorRef
 from ckpt_formats.errors import MissingTensorError, StateError, StateMismatchError
 
 __all__ = ["Target", "build_target"]
@@ -159,10 +159,12 @@ class _Module:
         for wrapper in self.found.fsdp1:
             drop_gathered(wrapper)
         for custom, marked in zip(self.found.custom, self.custom, strict=True):
-            custom.restore({name: given.fill(item) for name, item in marked.items()})
+            custom.restore(given.fill_state(marked, custom.state))
         for name, module in self.found.extra:
             if name in self.extra:
-                module.set_extra_state(given.fill(self.extra[name]))
+                state = given.fill_state(self.extra[name], module.get_extra_state)
+                if state is not ABSENT:
+                    module.set_extra_state(state)
 
 
 class _Stateful:
@@ -174,9 +176,7 @@ class _Stateful:
         self.marked = marked
 
     def apply(self, given: Given) -> None:
-        needs_own = any(isinstance(mark, PerRankRef) for mark in references(self.marked))
-        current = self.value.state_dict() if needs_own else ABSENT
-        filled = given.fill(self.marked, current)
+        filled = given.fill_state(self.marked, self.value.state_dict)
         if filled is not ABSENT:
             self.value.load_state_dict(filled)
 

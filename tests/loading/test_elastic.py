@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,66 @@ def _resized(rank: int, world_size: int, folder: str) -> tuple[list[str], Any]:
 def test_a_value_with_a_rule_is_made_of_those_of_all_ranks(tmp_path: Path) -> None:
     run_ranks(_resized, 2, str(tmp_path))
     assert run_ranks(_resized, 3, str(tmp_path)) == [(["seen"], 30)] * 3
+
+
+class Sampler:
+    """An object with a state of which a part is its rank's own, and says itself what becomes of that."""
+
+    def __init__(self, seen: int, rule: bool) -> None:
+        self.epoch, self.seen, self.order, self.rule = 0, seen, [seen], rule
+        self.given: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        def share(counts: Sequence[int], rank: int, world_size: int) -> int:
+            return sum(counts) // world_size
+
+        own = {"seen": ckpt.PerRank(self.seen, resize=share if self.rule else None)}
+        return {"epoch": self.epoch, "own": own, "orders": [ckpt.PerRank(self.order)], "rng": ckpt.RNG()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.given = state
+        self.epoch, self.seen, self.order = state["epoch"], state["own"]["seen"], state["orders"][0]
+
+
+class Aware(torch.nn.Linear):
+    """A module with an extra state of which a part is its rank's own."""
+
+    def __init__(self, seen: int) -> None:
+        super().__init__(2, 2)
+        self.seen = seen
+
+    def get_extra_state(self) -> Any:
+        return {"seen": ckpt.PerRank(self.seen, resize=lambda counts, *_: max(counts))}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+def _nested(rank: int, world_size: int, folder: str) -> Any:
+    if world_size == 2:
+        ruled, free = Sampler(30 * (rank + 1), rule=True), Sampler(rank, rule=False)
+        ruled.epoch = free.epoch = 4
+        ckpt.save({"ruled": ruled, "free": free, "model": Aware(10 + rank)}, f"{folder}/a")
+        return None
+    ruled, free, model = Sampler(0, rule=True), Sampler(7, rule=False), Aware(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = ckpt.load({"ruled": ruled, "free": free, "model": model}, f"{folder}/a")
+    assert (ruled.epoch, free.epoch) == (4, 4)
+    assert set(free.given["rng"]) == set(ckpt.RNG().state_dict())
+    told = [str(item.message) for item in caught if "no rule" in str(item.message)]
+    values = (ruled.seen, ruled.order, free.seen, free.order, model.seen)
+    return values, sorted(result.per_rank_derived), sorted(result.per_rank_skipped), told
+
+
+def test_what_is_a_ranks_own_within_the_state_of_an_object_has_its_rule_there(tmp_path: Path) -> None:
+    run_ranks(_nested, 2, str(tmp_path))
+    for values, derived, skipped, told in run_ranks(_nested, 3, str(tmp_path)):
+        assert values == (30, [0], 7, [7], 11)
+        assert derived == ["free.rng", "model._extra_state.seen", "ruled.own.seen", "ruled.rng"]
+        assert skipped == ["free.orders.0", "free.own.seen", "ruled.orders.0"]
+        assert len(told) == 1
+        assert all(path in told[0] for path in skipped)
 
 
 def _loader(rank: int) -> StatefulDataLoader:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ckpt.loading.load import LoadResult
     from ckpt.loop.checkpointer import Checkpointer
     from ckpt.sampler import Sampler
+    from ckpt.saving.replicas import check_replicas
     from ckpt.saving.save import SaveResult
     from ckpt.state import RNG, PerRank, Shard, Stages, mark, mark_layout
     from ckpt_formats import errors
@@ -46,6 +47,7 @@ __all__ = [
     "Shard",
     "Stages",
     "async_save",
+    "check_replicas",
     "errors",
     "events",
     "load",
@@ -74,6 +76,7 @@ _HOMES = {
     "Shard": "ckpt.state",
     "Stages": "ckpt.state",
     "async_save": "ckpt.api",
+    "check_replicas": "ckpt.saving.replicas",
     "load": "ckpt.api",
     "mark": "ckpt.state",
     "mark_layout": "ckpt.state",

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Self
@@ -124,7 +124,11 @@ class Uploading:
     def _await(self, future: Future[object]) -> None:
         self._sending.append(future)
         while len(self._sending) > SENDERS + WAITING:
-            self._sending.popleft().result()
+            # any of them: one that takes long does not keep the others from going on
+            done, _ = wait(self._sending, return_when=FIRST_COMPLETED)
+            for one in done:
+                self._sending.remove(one)
+                one.result()
 
     def _finish(self, upload: Upload, sent: list[Future[object]]) -> None:
         try:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import torch
 
 import ckpt
 from ckpt.levels.prune import prune
+from ckpt.storage import objects
 from ckpt.storage.facts import update_facts
 from ckpt.storage.objects import PART, ObjectStore
+from ckpt.transfer import uploading
 from ckpt.transfer.copy import copy, copy_run
 from ckpt.transfer.uploading import Uploading
 from ckpt_formats.errors import CheckpointExistsError, CheckpointNotFoundError, CorruptionError, StoreError
@@ -46,6 +49,28 @@ def _is_same(one: Path, other: Path) -> None:
     files = [file.relative_to(one) for file in one.rglob("*") if file.is_file()]
     same, _, _ = filecmp.cmpfiles(one, other, map(str, files), shallow=False)
     assert len(same) == len(files)
+
+
+def test_a_part_that_takes_long_does_not_keep_the_others_waiting(
+    s3: str, large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploading, "SENDERS", 2)
+    monkeypatch.setattr(uploading, "WAITING", 0)
+    last_was_sent = threading.Event()
+    send = objects._S3Upload.send
+
+    def first_after_last(self: objects._S3Upload, number: int, data: bytes) -> bool:
+        if self.size > self.part and number == 0:
+            assert last_was_sent.wait(60), "the last part waits for the first"
+        needed = send(self, number, data)
+        if self.size > self.part and (number + 1) * self.part >= self.size:
+            last_was_sent.set()
+        return needed
+
+    monkeypatch.setattr(objects._S3Upload, "send", first_after_last)
+    copy(large, f"{s3}/large")
+    assert last_was_sent.is_set()
+    assert verify(f"{s3}/large").intact
 
 
 def test_an_upload_keeps_to_its_bandwidth(s3: str, large: Path) -> None:

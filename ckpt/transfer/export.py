@@ -17,6 +17,7 @@ from ckpt import collector
 from ckpt.events import Operation
 from ckpt.storage.data_file import Staging, write_data_file
 from ckpt.storage.files import Files
+from ckpt.storage.publish import remove_folders
 from ckpt.transfer.feeding import Feed, Item, casts_of
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.errors import (
@@ -112,8 +113,9 @@ def export(
         staging = Staging()
         overflowed: set[str] = set()
         written: dict[str, Sequence[Item]] = {}
+        made: list[str] = []
         try:
-            files.make_folders(folder, [])
+            files.make_folders(folder, made)
             with operation.phase("write") as phase:
                 for number, some in enumerate(planned, 1):
                     name = _file_name(number, len(planned))
@@ -130,6 +132,7 @@ def export(
                 files.sync_folder(os.path.dirname(path) or ".")
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
+            remove_folders(files, [name for name in made if name != folder])
             if isinstance(error, OSError) and not isinstance(error, CheckpointError):
                 raise SaveFailedError(
                     f"{path}: could not be written ({error.strerror or error}); nothing is left of it. "

@@ -241,7 +241,7 @@ def test_a_disk_that_fails_leaves_nothing_of_an_export(tmp_path: Path) -> None:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(SaveFailedError, match="No space left on device"):
-        export(tmp_path / "a", tmp_path / "out", files=Full())
+        export(tmp_path / "a", tmp_path / "new" / "out", files=Full())
     assert os.listdir(tmp_path) == ["a"]
 
 

@@ -145,7 +145,7 @@ def _timed(
     if group.rank == 0:
         for path in sorted(path for path in system.folder.rglob("*") if path.is_file()):
             if cold:
-                _drop(path)
+                drop(path)
             else:
                 _warm(path)
     into.spoil()
@@ -162,7 +162,8 @@ def _timed(
     return seconds, _total(group, read), int(_most(group, taken))
 
 
-def _drop(path: Path) -> None:
+def drop(path: Path) -> None:
+    """Take a file out of the page cache."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

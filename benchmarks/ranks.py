@@ -59,8 +59,17 @@ class RankFunction(Protocol):
     def __call__(self, group: Group, *args: Any) -> Any: ...
 
 
-def run_ranks(fn: RankFunction, size: int, *args: Any, say: Callable[[str], None], children: bool = False) -> Any:
+def run_ranks(
+    fn: RankFunction,
+    size: int,
+    *args: Any,
+    say: Callable[[str], None],
+    children: bool = False,
+    prepare: Callable[[int], None] | None = None,
+) -> Any:
     """Run `fn(group, *args)` in `size` new processes and return rank 0's result. With `children` they may have some.
+
+    Each calls `prepare(rank)`, defined like `fn`, before they join.
 
     Raises BenchmarkFailedError when a rank does, after the others were stopped.
     """
@@ -74,7 +83,7 @@ def run_ranks(fn: RankFunction, size: int, *args: Any, say: Callable[[str], None
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_rank_main,
-                    args=(fn, rank, size, rendezvous, theirs, args),
+                    args=(fn, rank, size, rendezvous, theirs, args, prepare),
                     name=f"rank {rank}",
                     daemon=not children,
                 )
@@ -116,7 +125,13 @@ def _listen(pipes: dict[Connection, int], say: Callable[[str], None]) -> Any:
 
 
 def _rank_main(
-    fn: RankFunction, rank: int, size: int, rendezvous: str, pipe: Connection, args: tuple[Any, ...]
+    fn: RankFunction,
+    rank: int,
+    size: int,
+    rendezvous: str,
+    pipe: Connection,
+    args: tuple[Any, ...],
+    prepare: Callable[[int], None] | None,
 ) -> None:
     def say(line: str) -> None:
         if rank == 0:
@@ -124,6 +139,8 @@ def _rank_main(
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of the terminal; it is the parent that stops us
     try:
+        if prepare is not None:
+            prepare(rank)
         # As torchrun does it: ranks that share a machine share its cores.
         os.environ["LOCAL_WORLD_SIZE"] = str(size)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import ckpt
+from benchmarks.two_nodes import enter
 from ckpt.loading import exchange, sharing
 from ckpt.loading.batches import Batch, make_batches
 from ckpt_formats.errors import CheckpointError, CorruptionError, RankError
@@ -141,6 +142,33 @@ def test_nodes_that_can_not_reach_each_other_read_for_themselves(tmp_path: Path)
     run_ranks(rows_to_columns, 2, tmp_path / "a", False)
     costs: Costs = run_ranks(unreachable, 2, tmp_path / "a")
     assert sum(came for _, came in costs) == 0
+
+
+def in_namespaces(rank: int, world: int, path: Path, folder: Path) -> tuple[int, int] | str:
+    # threads of a group stay in the namespace that they were started in
+    dist.destroy_process_group()
+    try:
+        enter(rank, folder, 1000)
+    except OSError as error:
+        return str(error)
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank, world_size=world)
+    share_everything()
+    # nothing but the namespace says that this is another node
+    target = cut(world, 1, zero=True)
+    result = ckpt.load({"m": target}, path, exchange="always")
+    assert_equal(target, cut(world, 1))
+    return result.bytes_read, result.bytes_received
+
+
+def test_two_network_namespaces_exchange_over_the_link_between_them(tmp_path: Path) -> None:
+    run_ranks(rows_to_columns, 2, tmp_path / "a", False)
+    (tmp_path / "link").mkdir()
+    costs = run_ranks(in_namespaces, 2, tmp_path / "a", tmp_path / "link")
+    refused = [cost for cost in costs if isinstance(cost, str)]
+    if refused:
+        pytest.skip(f"no network namespaces with a link here: {refused[0]}")
+    assert sum(read for read, _ in costs) <= 1.05 * stored(tmp_path / "a")
+    assert min(came for _, came in costs) > 0
 
 
 def damaged(rank: int, world: int, path: Path) -> tuple[str, str, float]:

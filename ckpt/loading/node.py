@@ -23,6 +23,7 @@ from typing import Self
 from ckpt.collective import Collective
 from ckpt_formats.digest import DIGEST_SIZE, digest
 from ckpt_formats.errors import RankError
+from ckpt_formats.memory import scratch
 from ckpt_formats.sources import PAGE
 
 NODE = "CKPT_NODE"
@@ -229,6 +230,9 @@ def _address(token: bytes) -> str:
 
 def _connect(listener: socket.socket, ranks: list[int], index: int, tokens: list[bytes], say: bytes, size: int) -> Node:
     """Raises OSError."""
+    if len(ranks) == 1:
+        # nobody to share memory with: the quicker kind
+        return Node(0, {}, [say], scratch(size))
     deadline = time.monotonic() + MEET_S
     memory = os.memfd_create("ckpt-load", os.MFD_CLOEXEC)
     lines: dict[int, socket.socket] = {}

@@ -145,7 +145,8 @@ def test_nodes_that_can_not_reach_each_other_read_for_themselves(tmp_path: Path)
 
 
 def in_namespaces(rank: int, world: int, path: Path, folder: Path) -> tuple[int, int] | str:
-    # threads of a group stay in the namespace that they were started in
+    # threads of a group stay in the namespace that they were started in; who leaves too early is missed
+    dist.barrier()
     dist.destroy_process_group()
     try:
         enter(rank, folder, 1000)

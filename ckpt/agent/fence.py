@@ -18,6 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from ckpt.state.deepspeed import groups_of, steps_by
 from ckpt.state.dtensor import local_tensor
 from ckpt.state.entries import entries_of
 from ckpt.state.optimizers import state_of
@@ -128,7 +129,7 @@ class Fence:
     def _hook(self, state: Mapping[str, object]) -> _Owned:
         owned = _Owned()
         for entry in entries_of(state):
-            optimizer = entry.value
+            optimizer = steps_by(entry.value)
             if entry.kind != "optimizer" or not isinstance(optimizer, torch.optim.Optimizer):
                 continue
             if optimizer not in self._hooks:
@@ -137,8 +138,8 @@ class Fence:
                     optimizer.register_step_post_hook(self._after_step),
                 )
             owner = (weakref.ref(optimizer, self._forget), entry.key)
-            kept = state_of(optimizer)
-            for group in optimizer.param_groups:
+            kept = state_of(entry.value)
+            for group in groups_of(entry.value):
                 for parameter in group["params"]:
                     owned.add(parameter, owner)
                     slots = kept.get(parameter)

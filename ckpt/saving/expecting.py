@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ckpt.state import flatten
+from ckpt.state.deepspeed import groups_of
 from ckpt.state.dtensor import local_tensor
 from ckpt.state.entries import entries_of
 from ckpt.state.optimizers import state_of
@@ -33,11 +34,10 @@ def expected_bytes(state: Mapping[str, object], world_size: int) -> int:
         share += own * whole // max(whole, own * world_size)
     missing = 0
     for entry in entries_of(state):
-        optimizer = entry.value
-        if entry.kind != "optimizer" or not isinstance(optimizer, torch.optim.Optimizer):
+        if entry.kind != "optimizer":
             continue
-        state = state_of(optimizer)
-        for group in optimizer.param_groups:
+        state = state_of(entry.value)
+        for group in groups_of(entry.value):
             slots = _slots(group)
             missing += sum(slots * _nbytes(p) for p in group["params"] if p not in state)
     return share + (missing * share // held if held else 0) + _SLACK

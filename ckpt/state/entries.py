@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ckpt.state.deepspeed import kind_is_deepspeed_optimizer
 from ckpt.state.rng import RNG
 from ckpt.state.types import PerRank, Shard
 from ckpt_formats.errors import StateError
@@ -77,17 +78,12 @@ def _kind_of_type(kind: type) -> str:
 def _kind_of(kind: type) -> str:
     if issubclass(kind, torch.nn.Module):
         return "module"
-    if issubclass(kind, torch.optim.Optimizer):
+    if issubclass(kind, torch.optim.Optimizer) or kind_is_deepspeed_optimizer(kind):
         return "optimizer"
     if issubclass(kind, torch.Tensor | Shard):
         return "tensor"
     if issubclass(kind, PerRank | RNG):
         return "per_rank"
-    if kind.__module__.startswith("deepspeed.runtime."):
-        raise StateError(
-            f"a {kind.__qualname__} of DeepSpeed is in the state, which keeps its parts in a way that is not known "
-            "here; save with engine.save_checkpoint, or give what each rank has of each slot as ckpt.Shard.flat"
-        )
     if callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None)):
         return "stateful"
     return "value"

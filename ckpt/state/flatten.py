@@ -12,6 +12,7 @@ import torch
 
 from ckpt import collector
 from ckpt.state.containers import spread
+from ckpt.state.deepspeed import Masters, masters_of
 from ckpt.state.entries import Entry, entries_of, python_paths
 from ckpt.state.inventory import Inventory, NameTakenError
 from ckpt.state.modules import ModuleState, walk_module
@@ -42,10 +43,11 @@ def flatten(state: Mapping[str, object]) -> LocalState:
     parameters = Parameters()
     made: dict[str, dict[str, Any]] = {entry.key: {"kind": entry.kind} for entry in entries}
     optimizers = any(entry.kind == "optimizer" for entry in entries)
+    masters = masters_of(entry.value for entry in entries)
     try:
         for entry in entries:
             if entry.kind != "optimizer":
-                made[entry.key] |= _enter(inventory, entry, parameters, optimizers)
+                made[entry.key] |= _enter(inventory, entry, parameters, optimizers, masters)
         for entry in entries:
             if entry.kind == "optimizer":
                 naming = name_parameters(entry.key, entry.value, parameters)
@@ -56,10 +58,12 @@ def flatten(state: Mapping[str, object]) -> LocalState:
     return inventory.local
 
 
-def _enter(inventory: Inventory, entry: Entry, parameters: Parameters, optimizers: bool) -> dict[str, Any]:
+def _enter(
+    inventory: Inventory, entry: Entry, parameters: Parameters, optimizers: bool, masters: list[Masters]
+) -> dict[str, Any]:
     key, value = entry.key, entry.value
     if entry.kind == "module":
-        found = walk_module(value)
+        found = walk_module(value, masters=masters)
         enter_tensors(inventory, key, found)
         _enter_values(inventory, key, found)
         parameters.add(key, found)

@@ -4,7 +4,8 @@ A walk of our own instead of `state_dict()`, which costs tens of microseconds a 
 tables on every save, so it can't be out of date; only what a class means for its state is remembered. The names are
 those of `torch.distributed.checkpoint.state_dict`: fully qualified names without the wrappers of DDP, torch.compile and
 activation checkpointing. Parameters of FSDP2 are taken in their sharded form even while a forward pass has left them
-gathered, and stay gathered; so are those of FSDP1 (fsdp1.py), each for itself out of its flat parameter.
+gathered, and stay gathered; so are those of FSDP1 (fsdp1.py), each for itself out of its flat parameter. Of what a
+DeepSpeed optimizer trains, the master weights are taken (deepspeed.py).
 
 A module with ways of its own (an overridden `state_dict`, or hooks on saving or loading other than torch.distributed's)
 is asked by `state_dict()` and given back its state by `load_state_dict()`; the model around it is not. This module
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ckpt.state.deepspeed import Held, Masters, cut_by_stage3, held_of_stage3
 from ckpt.state.fsdp1 import FlatMember, flat_parameter, members_of
 from ckpt.state.types import Lowered, by_hand
 from ckpt_formats.errors import StateError
@@ -30,15 +32,15 @@ __all__ = ["CustomModule", "ModuleState", "Stages", "mark", "note_mark", "walk_m
 
 _EXTRA_STATE = "_extra_state"  # nn.Module.state_dict's own suffix
 
-# torch's classes are known by name, so that none of these has to be imported by those who don't use it.
+# torch's classes, and DeepSpeed's, are known by name, so that none has to be imported by those who don't use it.
 _TRANSPARENT = {
     "DistributedDataParallel": "module",
     "OptimizedModule": "_orig_mod",
     "ActivationWrapper": "_checkpoint_wrapped_module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "DeepSpeedEngine": "module",
 }
 _MARKS = "_ckpt_marks"
-_NOTHING = torch.Size((0,))
 _FSDP1 = "FullyShardedDataParallel"
 _FSDP2 = "FSDPModule"
 
@@ -78,7 +80,7 @@ def _traits(module: nn.Module) -> _Traits:
 
 
 def _traits_of(kind: type[nn.Module]) -> _Traits:
-    names = [base.__qualname__ for base in kind.__mro__ if base.__module__.startswith("torch.")]
+    names = [base.__qualname__ for base in kind.__mro__ if base.__module__.startswith(("torch.", "deepspeed."))]
     return _Traits(
         inner=next((_TRANSPARENT[name] for name in names if name in _TRANSPARENT), None),
         stages=issubclass(kind, Stages),
@@ -174,26 +176,33 @@ class ModuleState:
     """ids of parameters of FSDP1 of which this rank has nothing: they get no gradient, hence no optimizer state."""
     flats: dict[int, list[tuple[str, Lowered]]] = field(default_factory=dict)
     """id of a flat parameter -> the names of those in it, and where in it their elements are."""
+    stage3: list[nn.Parameter] = field(default_factory=list)
+    """Parameters that DeepSpeed's stage 3 has cut."""
 
 
-def walk_module(module: nn.Module, *, loading: bool = False) -> ModuleState:
+def walk_module(module: nn.Module, *, loading: bool = False, masters: Sequence[Masters] = ()) -> ModuleState:
     """Find the tensors of a module and of all modules in it. Changes nothing.
 
-    With `loading`, modules that only load by their own code are among the custom ones too.
+    With `loading`, modules that only load by their own code are among the custom ones too. What DeepSpeed optimizers
+    have `masters` of is found there.
 
     Raises StateError for FSDP1 while its full parameters are in use, and for parts that don't fit (`ckpt.mark`).
     """
     found = ModuleState()
-    flats = _Flats()
+    flats = _Flats(masters)
     _visit(module, "", found, flats, loading, members=True)
     flats.resolve(found)
     return found
 
 
 class _Flats:
-    """The parameters that FSDP1 has flattened: they are met before the modules that they belong to."""
+    """The parameters that FSDP1 has flattened: they are met before the modules that they belong to. And those that
+    DeepSpeed optimizers have flattened, which are known by themselves.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, masters: Sequence[Masters]) -> None:
+        self.masters = masters
+        self.held = {known: held for one in masters for known, held in one.held.items()}
         self.of: dict[int, dict[str, FlatMember]] = {}
         """id of a module -> its parameters that were flattened."""
         self.flat: dict[int, list[FlatMember]] = {}
@@ -240,6 +249,14 @@ class _Flats:
                 for member in members
                 if member.first is None
             ]
+        for master, alone in (pair for one in self.masters for pair in one.alone):
+            if id(alone.parameter) in found.parameters:
+                found.parameters[id(master)] = found.parameters[id(alone.parameter)]
+        for flat, held in (pair for one in self.masters for pair in one.flats):
+            names = [found.parameters.get(id(member.parameter)) for member in held]
+            if all(name is not None for name in names):
+                found.parameters[id(flat)] = names[0] or ""
+                found.flats[id(flat)] = [(name or "", member.within) for name, member in zip(names, held, strict=True)]
 
 
 def _visit(module: nn.Module, prefix: str, found: ModuleState, flats: _Flats, loading: bool, *, members: bool) -> None:
@@ -273,20 +290,36 @@ def _enter_parameters(module: nn.Module, prefix: str, found: ModuleState, flats:
         if sharded:
             parameter = sharded.get((id(module), name), parameter)  # noqa: PLW2901
         fqn = prefix + name
-        lazy: bool = nn.parameter.is_lazy(parameter)
-        if not lazy and parameter.shape == _NOTHING and hasattr(parameter, "ds_tensor"):
+        found.parameters.setdefault(id(parameter), fqn)
+        held = flats.held.get(id(parameter))
+        if held is not None or cut_by_stage3(parameter):
+            _enter_held(found, fqn, parameter, held, members=members)
+        elif hasattr(parameter, "_hp_mapping"):
             raise StateError(
-                f"the parameter {fqn!r} is cut by DeepSpeed (ZeRO stage 3), which is not known here; save with "
-                "engine.save_checkpoint, or give what each rank has of it as ckpt.Shard.flat",
+                f"the parameter {fqn!r} is trained by a DeepSpeed engine, which has its master weights; put the engine "
+                "into the state in place of its module, or its optimizer beside it",
                 tensor=fqn,
             )
-        found.parameters.setdefault(id(parameter), fqn)
-        if marked and name in marked:
+        elif marked and name in marked:
             found.cuts[id(parameter)] = _enter_marked(found, fqn, parameter, marked[name], members=members)
         elif members and id(parameter) not in flats.flat:  # which has no name of the model's
             found.members.append((fqn, parameter))
     if flattened:
         flats.enter(module, prefix, found, members=members)
+
+
+def _enter_held(found: ModuleState, fqn: str, parameter: nn.Parameter, held: Held | None, *, members: bool) -> None:
+    """Enter what DeepSpeed has of a parameter."""
+    if not members:
+        raise StateError(
+            f"the parameter {fqn!r} is trained by DeepSpeed, but a module around it makes or takes its state by code"
+            " of its own (state_dict or load_state_dict overridden, or hooks), which sees no master weights; remove that",
+            tensor=fqn,
+        )
+    if cut_by_stage3(parameter):
+        found.stage3.append(parameter)
+    _, local, lowered, _ = held or held_of_stage3(parameter, fqn)
+    found.parts.append((fqn, local, lowered, parameter))
 
 
 def _enter_buffers(module: nn.Module, prefix: str, found: ModuleState) -> None:

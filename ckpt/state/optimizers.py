@@ -3,7 +3,7 @@
 A parameter is known by identity. If one module of the state has all parameters of an optimizer, they are called by
 their names in it, as by `torch.distributed.checkpoint.state_dict`; else by the name of the entry and their name in it.
 The optimizer's own tables are read as they are: no step is run, no hook called, no state made. A flat parameter, as
-FSDP1 makes them, stands for all parameters that are in it: each has its own part of each slot. Of a
+FSDP1 and DeepSpeed make them, stands for all parameters that are in it: each has its own part of each slot. Of a
 ZeroRedundancyOptimizer each rank has the state of some parameters, which is read where it is. This module knows no
 files, and not how what it finds is loaded again; slots.py does.
 """
@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
+from ckpt.state.deepspeed import counts_in_ints, groups_of, is_deepspeed_optimizer, steps_by
 from ckpt.state.dtensor import lower
 from ckpt.state.inventory import Inventory
 from ckpt.state.modules import ModuleState
@@ -105,7 +106,7 @@ def name_parameters(
     elsewhere.
     """
     _refuse_unknown(key, optimizer)
-    wanted = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    wanted = [parameter for group in groups_of(optimizer) for parameter in group["params"]]
     sole = None
     if wanted:
         holding = (entry for entry, names in parameters.modules.items() if id(wanted[0]) in names)
@@ -147,7 +148,7 @@ def name_parameters(
 
 
 def _positions(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, int, torch.Tensor]]:
-    for group_index, group in enumerate(optimizer.param_groups):
+    for group_index, group in enumerate(groups_of(optimizer)):
         for index, parameter in enumerate(group["params"]):
             yield group_index, index, parameter
 
@@ -172,7 +173,7 @@ def enter_optimizer(
     local_slots: dict[str, bool] = {}
     groups = []
     known = 0
-    for group in optimizer.param_groups:
+    for group in groups_of(optimizer):
         group_names = [name for parameter in group["params"] for name in naming.of(parameter)]
         groups.append({"params": group_names, **hyperparameters(group)})
         for parameter in group["params"]:
@@ -188,6 +189,8 @@ def enter_optimizer(
                 where = f"{prefix}{names[id(parameter)]}.{odd!r}"
                 raise StateError(f"{where} is a slot whose name is no string; name it by one", tensor=key)
             if id(parameter) in naming.flats:
+                if counts_in_ints(optimizer) and "step" in slots:
+                    slots = {**slots, "step": torch.tensor(float(slots["step"]))}  # as torch's own optimizers do
                 _enter_flat(inventory, prefix, parameter, naming.flats[id(parameter)], slots)
                 continue
             prefix += f"{names[id(parameter)]}."
@@ -220,6 +223,8 @@ def own_extras(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What an optimizer with a `state_dict` of its own saves beside `state` and `param_groups`."""
     if type(optimizer).state_dict is torch.optim.Optimizer.state_dict or is_zero(optimizer):
         return {}
+    if is_deepspeed_optimizer(optimizer):
+        return {}  # how the masters lie in memory
     return {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
 
 
@@ -230,9 +235,11 @@ def is_zero(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def state_of(optimizer: Any) -> Any:
-    """Parameter -> slots, where the optimizer has them: a ZeroRedundancyOptimizer, in the one that it has made."""
+    """Parameter -> slots, where the optimizer has them: a ZeroRedundancyOptimizer, in the one that it has made, and one
+    of DeepSpeed's in the one that it was given.
+    """
     inner = getattr(optimizer, "optim", None) if is_zero(optimizer) else None
-    return optimizer.state if inner is None else inner.state
+    return steps_by(optimizer).state if inner is None else inner.state
 
 
 def keeps(optimizer: Any, parameter: torch.Tensor, parameters: Parameters) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ckpt.state.containers import references
+from ckpt.state.deepspeed import counts_in_ints, groups_of
 from ckpt.state.dtensor import replicated, zeros_like
 from ckpt.state.flat_slots import FlatSlots, equal, scalar_device
 from ckpt.state.given import Given
@@ -87,7 +88,7 @@ class OptimizerTarget:
         found = _by_parameter(key, group_of.keys() | set(naming.names.values()), tensors, values, saved)
         maker = Maker(inventory, live, parameters, saved, then, f"{key}.state.", entry.get("local", {}))
         self.wanted |= _slots_of_twins(key, inventory, then, found)
-        for index, group in enumerate(self.optimizer.param_groups):
+        for index, group in enumerate(groups_of(self.optimizer)):
             names = {}
             for parameter in group["params"]:
                 parts = []  # one, or what a flat parameter has in it
@@ -96,7 +97,7 @@ class OptimizerTarget:
                     parts.append(name)
                     if name in group_of:
                         names[name] = group_of[name]
-                    else:
+                    elif parameter.requires_grad:  # a frozen one has nothing that could be missing
                         self.missing.append(f"{key}.param_groups.{name}")
                 known = [name for name in parts if name in group_of or name in found.slots]
                 if not known or not keeps(self.optimizer, parameter, parameters):
@@ -144,6 +145,8 @@ class OptimizerTarget:
         state = state_of(optimizer)
         slots = [(parameter, given.fill(made)) for parameter, made in self._slots]
         slots += [(flat.parameter, flat.filled(given)) for flat in self._flats]
+        if counts_in_ints(optimizer):
+            slots = [(p, {**made, "step": int(made["step"])} if "step" in made else made) for p, made in slots]
         if self._extras:
             self._load_by_itself(slots, {name: given.fill(marked) for name, marked in self._extras.items()})
         for parameter, made in slots:

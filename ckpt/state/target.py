@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from ckpt import collector
 from ckpt.state.containers import is_spread, references, rejoin, replace
+from ckpt.state.deepspeed import Masters, masters_of
+from ckpt.state.deepspeed import drop_gathered as drop_gathered_by_stage3
 from ckpt.state.entries import Entry, entries_of
 from ckpt.state.flatten import enter_tensors, note_parameters
 from ckpt.state.fsdp1 import drop_gathered
@@ -53,7 +55,7 @@ class Target:
         self.per_rank_skipped: list[str] = []
         self.per_rank_derived: list[str] = []
         self._live: Mapping[str, torch.Tensor] = {}
-        self._parts: list[_Module | OptimizerTarget | _Stateful | _Value] = []
+        self._parts: list[_Module | OptimizerTarget | _Stateful | _Value | _DeepSpeed] = []
 
     def apply(
         self, values: Mapping[str, Any], per_rank: Mapping[str, Any] | None, others: Others | None = None
@@ -89,7 +91,7 @@ def build_target(state: Mapping[str, object], saved: SavedState) -> Target:
     """
     entries = entries_of(state)
     index = _Index(saved, [entry.key for entry in entries])
-    matching = _Matching(saved, index)
+    matching = _Matching(saved, index, masters_of(entry.value for entry in entries))
     parameters = Parameters()
     optimizers = any(entry.kind == "optimizer" for entry in entries)
     for entry in entries:
@@ -167,6 +169,19 @@ class _Module:
                     module.set_extra_state(state)
 
 
+class _DeepSpeed:
+    """What DeepSpeed makes of the master weights that were loaded, and of the other parameters that it has cut."""
+
+    def __init__(self, masters: list[Masters], stage3: list[torch.nn.Parameter]) -> None:
+        self.masters = masters
+        self.stage3 = stage3
+
+    def apply(self, _: Given) -> None:
+        for masters in self.masters:
+            masters.refresh()
+        drop_gathered_by_stage3(self.stage3)
+
+
 class _Stateful:
     """A stateful object."""
 
@@ -201,8 +216,10 @@ class _Value:
 class _Matching:
     """The work of build_target."""
 
-    def __init__(self, saved: SavedState, index: _Index) -> None:
+    def __init__(self, saved: SavedState, index: _Index, masters: list[Masters]) -> None:
         self._saved = saved
+        self._masters = masters
+        self._stage3: list[torch.nn.Parameter] = []
         self._index = index
         self._inventory = Inventory()
         self._target = Target()
@@ -212,7 +229,8 @@ class _Matching:
     def module(self, entry: Entry, parameters: Parameters) -> None:
         key = entry.key
         self._keys.append(key)
-        found = walk_module(entry.value, loading=True)
+        found = walk_module(entry.value, loading=True, masters=self._masters)
+        self._stage3 += found.stage3
         parameters.add(key, found)
         enter_tensors(self._inventory, key, found)
         part = _Module(key, found)
@@ -352,6 +370,7 @@ class _Matching:
     def finish(self) -> Target:
         """What was matched, as a target."""
         target, saved, inventory = self._target, self._saved, self._inventory
+        target._parts.append(_DeepSpeed(self._masters, self._stage3))
         tied: dict[str, list[str]] = {}
         for alias, name in inventory.local.aliases.items():
             tied.setdefault(name, []).append(alias)

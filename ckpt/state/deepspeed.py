@@ -127,6 +127,8 @@ def _optimizer_behind(thing: Any) -> Any:
         return thing
     if not isinstance(thing, torch.nn.Module):
         return None
+    if any(base.__qualname__ == "PipelineModule" and _of_deepspeed(base) for base in type(thing).__mro__):
+        raise StateError(f"a {_name(thing)} of DeepSpeed is in the state, which is not known here; {_REMEDY}")
     kind = next((base for base in type(thing).__mro__ if base.__qualname__ == _ENGINE and _of_deepspeed(base)), None)
     if kind is not None:
         if type(thing) is not kind:

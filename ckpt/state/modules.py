@@ -312,8 +312,8 @@ def _enter_held(found: ModuleState, fqn: str, parameter: nn.Parameter, held: Hel
     """Enter what DeepSpeed has of a parameter."""
     if not members:
         raise StateError(
-            f"the parameter {fqn!r} is trained by DeepSpeed, but a module around it makes or takes its state by code"
-            " of its own (state_dict or load_state_dict overridden, or hooks), which sees no master weights; remove that",
+            f"the parameter {fqn!r} is trained by DeepSpeed, but a module around it makes or takes its state by code "
+            "of its own (state_dict or load_state_dict overridden, or hooks), which sees no masters; remove that",
             tensor=fqn,
         )
     if cut_by_stage3(parameter):

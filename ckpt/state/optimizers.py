@@ -221,10 +221,10 @@ def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def own_extras(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What an optimizer with a `state_dict` of its own saves beside `state` and `param_groups`."""
-    if type(optimizer).state_dict is torch.optim.Optimizer.state_dict or is_zero(optimizer):
-        return {}
     if is_deepspeed_optimizer(optimizer):
         return {}  # how the masters lie in memory
+    if type(optimizer).state_dict is torch.optim.Optimizer.state_dict or is_zero(optimizer):
+        return {}
     return {key: value for key, value in optimizer.state_dict().items() if key not in ("state", "param_groups")}
 
 

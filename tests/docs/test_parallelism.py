@@ -14,7 +14,10 @@ import ckpt
 from tests.ranks import run_ranks
 
 PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+_ALL = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+EXAMPLES = [example for example in _ALL if "deepspeed" not in example]
+DEEPSPEED = [example for example in _ALL if "deepspeed" in example]
+"""tests/loading/test_deepspeed.py runs them, whose ranks have it."""
 
 
 class Model(nn.Module):

@@ -212,23 +212,76 @@ def test_lazy_modules_have_no_state_before_they_ran() -> None:
     assert set(flatten({"model": model}).tensors) == {"model.0.weight", "model.0.bias"}
 
 
-def test_deepspeed_is_refused_with_the_way_out() -> None:
-    # by what shows it: it is not among what the tests need
-    class DeepSpeedZeroOptimizer:
-        __module__ = "deepspeed.runtime.zero.stage_1_and_2"
+def deepspeeds(name: str, **attributes: object) -> Any:
+    """Something of DeepSpeed's by what shows it; tests/loading/test_deepspeed.py has the real thing."""
+    base = type("DeepSpeedOptimizer", (), {"__module__": "deepspeed.runtime.base_optimizer"})
+    return type(name, (base,), {"__module__": "deepspeed.runtime.zero.stage_1_and_2", **attributes})()
 
-        def state_dict(self) -> dict[str, object]:
-            return {}
 
-        def load_state_dict(self, state: dict[str, object]) -> None: ...
+def test_what_is_not_known_of_deepspeed_is_refused_with_the_way_out() -> None:
+    with pytest.raises(StateError, match=r"ZenFlowZeroOptimizer of DeepSpeed.*engine\.save_checkpoint"):
+        flatten({"optimizer": deepspeeds("ZenFlowZeroOptimizer")})
+    for attribute, words in (("has_moe_layers", "has experts"), ("zenflow", "uses ZenFlow")):
+        with pytest.raises(StateError, match=rf"{words}.*engine\.save_checkpoint"):
+            flatten({"optimizer": deepspeeds("DeepSpeedZeroOptimizer", **{attribute: True})})
+    for attribute, words in (("swap_optimizer", "its state on NVMe"), ("params_in_nvme_and_cpu", "parameters on NVMe")):
+        with pytest.raises(StateError, match=rf"{words}.*engine\.save_checkpoint"):
+            flatten({"optimizer": deepspeeds("DeepSpeedZeroOptimizer_Stage3", **{attribute: True})})
+    with pytest.raises(StateError, match=r"reload_states"):
+        flatten({"optimizer": deepspeeds("DeepSpeedZeroOptimizer", offloaded_states={"optim_states"})})
+    half = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    fused = deepspeeds(
+        "FP16_Optimizer", fp16_groups=[[half]], fp16_groups_flat=[half], fp32_groups_flat=[torch.zeros(4)]
+    )
+    with pytest.raises(StateError, match=r"float16, whose loss scale"):
+        flatten({"optimizer": fused})
+    half = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    half.tensor_model_parallel = True  # type: ignore[attr-defined]
+    fused.fp16_groups = [[half]]
+    fused.fp16_groups_flat = [half]
+    with pytest.raises(StateError, match=r"cut by tensor or expert parallelism"):
+        flatten({"optimizer": fused})
 
-    with pytest.raises(StateError, match=r"DeepSpeedZeroOptimizer of DeepSpeed.*engine\.save_checkpoint"):
-        flatten({"optimizer": DeepSpeedZeroOptimizer()})
-    layer = nn.Linear(3, 2)
-    layer.weight = nn.Parameter(torch.empty(0))
-    layer.weight.ds_tensor = torch.zeros(3)
-    with pytest.raises(StateError, match=r"'weight' is cut by DeepSpeed.*ckpt\.Shard\.flat"):
-        flatten({"model": layer})
+
+def test_what_deepspeed_trains_without_zero_is_called_by_its_parameters() -> None:
+    layer = nn.Linear(3, 2).bfloat16()
+    whole = torch.cat([p.detach().flatten() for p in layer.parameters()])
+    layer.weight.data, layer.bias.data = whole[:6].view(2, 3), whole[6:]
+    master = (torch.arange(8.0) / 3).requires_grad_()
+    inner = torch.optim.AdamW([master])
+    fused = deepspeeds(
+        "FP16_Optimizer",
+        fp16_groups=[list(layer.parameters())],
+        fp16_groups_flat=[whole],
+        fp32_groups_flat=[master],
+        optimizer=inner,
+    )
+    master.sum().backward()
+    inner.step()
+    state = {"model": layer, "optimizer": fused}
+    local = flatten(state)
+    assert local.tensors["model.weight"].dtype is torch.float32
+    assert torch.equal(local.tensors["model.bias"].pieces[0].view, master[6:])
+    assert torch.equal(
+        local.tensors["optimizer.state.weight.exp_avg"].pieces[0].view.flatten(), inner.state[master]["exp_avg"][:6]
+    )
+    assert local.values["optimizer.param_groups"][0]["params"] == ["weight", "bias"]
+
+
+def test_schedulers_of_deepspeed_are_stateful_like_others() -> None:
+    def state_dict(self: object) -> dict[str, object]:
+        return {"last": 3}
+
+    kind = type(
+        "WarmupLR",
+        (),
+        {
+            "__module__": "deepspeed.runtime.lr_schedules",
+            "state_dict": state_dict,
+            "load_state_dict": state_dict,
+        },
+    )
+    assert flatten({"scheduler": kind()}).values == {"scheduler": {"last": 3}}
 
 
 def test_scripted_modules_are_walked_like_others() -> None:

@@ -133,6 +133,8 @@ def _optimizer_behind(thing: Any) -> Any:
     if kind is not None:
         if type(thing) is not kind:
             raise StateError(f"a {_name(thing)} is in the state, which is not known here; {_REMEDY}")
+        for parameter in thing.parameters():
+            _refuse_cut(parameter)
         optimizer: Any = thing.optimizer
         return optimizer if is_deepspeed_optimizer(optimizer) else None
     # stage 3 says it itself
@@ -337,6 +339,10 @@ def _refuse(optimizer: Any) -> None:
 def _refuse_parameter(parameter: Any) -> None:
     if parameter.dtype is torch.float16:
         raise StateError(f"a DeepSpeed engine trains in float16, whose loss scale is not known here; {_REMEDY}")
+    _refuse_cut(parameter)
+
+
+def _refuse_cut(parameter: Any) -> None:
     # the marks that Megatron and DeepSpeed's own tensor parallelism leave; experts that differ between ranks
     cut = getattr(parameter, "model_parallel", False) or getattr(parameter, "tensor_model_parallel", False)
     if cut or not getattr(parameter, "allreduce", True):

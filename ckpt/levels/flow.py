@@ -24,7 +24,7 @@ from ckpt.levels.claim import held_by_another
 from ckpt.levels.note import Note, note_of
 from ckpt.levels.places import Place
 from ckpt.levels.policies import Any, Saved, kept
-from ckpt.levels.prune import prune
+from ckpt.levels.prune import PruneReport, prune
 from ckpt.levels.tiers import Level
 from ckpt.storage.facts import update_facts
 from ckpt_formats.errors import CheckpointError, CheckpointExistsError, CorruptionError, FormatError
@@ -39,6 +39,10 @@ STATUS = "levels.json"
 FIRST_PAUSE_S = 1.0
 """Seconds before what failed is tried again; twice as long after each further failure, up to the longest."""
 LONGEST_PAUSE_S = 60.0
+TRIES = 3
+"""How often a checkpoint is sent that can't be read: it may be damaged, or its disk may have failed for a moment."""
+UNREAD_S = 10.0
+"""Seconds for which is tried to read what a checkpoint is, until it is taken for damaged."""
 
 log = logging.getLogger("ckpt.agent")
 
@@ -51,6 +55,10 @@ class _AllBut:
 
     def keeps(self, saved: Sequence[Saved]) -> AbstractSet[int]:
         return {item.step for item in saved} - self.steps
+
+
+_Key = tuple[str, int, int]
+"""A checkpoint's folder, and inode and time of its manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,9 @@ class Flow(Aftermath):
         self._folder = self._first.place
         """Where the checkpoints of the first level lie, on this node."""
         self._places = [Place(level, part=claim is None) for level in levels[1:]]
-        self._known: dict[tuple[str, int, int], _OnDisk | None] = {}
+        self._known: dict[_Key, _OnDisk | None] = {}
+        self._unread: dict[_Key, float] = {}
+        """What could not be read, and since when; not what was given up."""
         self._condition = threading.Condition()
         self._wakes = 0
         """How often there may have been something new to do."""
@@ -93,8 +103,8 @@ class Flow(Aftermath):
         """Up to which of these each worker has done all there was."""
         self._seen = -1
         self._states = {place.level.name: _State() for place in self._places}
-        self._pruning: str | None = None
-        """Why the first level could not be pruned."""
+        self._pruning: dict[str, str] = {}
+        """Why levels could not be pruned."""
         self._since: float | None = None
         self._released = False
         """Whether the lock was given back."""
@@ -196,7 +206,7 @@ class Flow(Aftermath):
                 # the newest first: it is worth the most
                 self._send(place, owed[0], state)
             if state.changed and place.level.keep is not None and place.present:
-                place.prune()
+                self._pruned(place.level, place.prune())
                 state.changed = False
         except (CheckpointError, OSError) as error:
             if self._taken_over():
@@ -209,7 +219,7 @@ class Flow(Aftermath):
             return min(FIRST_PAUSE_S * 2.0 ** (state.failures - 1), LONGEST_PAUSE_S)
         with self._condition:
             state.error, state.failures = None, 0
-        return None
+        return self._pause()
 
     def _send(self, place: Place, item: _OnDisk, state: _State) -> None:
         # they go with it
@@ -217,6 +227,9 @@ class Flow(Aftermath):
         try:
             place.bring(item.path, item.step)
         except (CheckpointExistsError, CorruptionError, FormatError) as error:
+            place.tried[item.step] += 1
+            if place.tried[item.step] < TRIES and not isinstance(error, CheckpointExistsError):
+                raise
             # no better the next time
             place.refused.add(item.step)
             with self._condition:
@@ -236,18 +249,30 @@ class Flow(Aftermath):
         for item in self._on_disk():
             self._record(item)
         if self._first.keep is None or self._taken_over():
-            return None
+            return self._pause()
         removable = {item.step for item in self._on_disk()}
         for place in self._places:
             if place.present is None:
                 return None  # who looks there wakes this one up
             removable.difference_update(item.step for item in self._owed(place))
         report = prune(self._folder, Any(self._first.keep, _AllBut(removable)))
-        self._pruning = f"{report.failed[0][0]}: {report.failed[0][1]}" if report.failed else None
+        self._pruned(self._first, report)
         if report.removed:
             with self._condition:
                 self._known = {key: item for key, item in self._known.items() if os.path.lexists(key[0])}
-        return None
+        return self._pause()
+
+    def _pruned(self, level: Level, report: PruneReport | None) -> None:
+        """Note what could not be removed; it is tried again with the next checkpoint."""
+        with self._condition:
+            self._pruning.pop(level.name, None)
+            if report is not None and report.failed:
+                self._pruning[level.name] = ": ".join(report.failed[0])
+
+    def _pause(self) -> float | None:
+        """After how many seconds to look again for what could not be read."""
+        with self._condition:
+            return FIRST_PAUSE_S if self._unread else None
 
     # what is where
 
@@ -270,12 +295,29 @@ class Flow(Aftermath):
                 known = key in self._known
                 item = self._known.get(key)
             if not known:
-                item = _read(entry.path)
-                with self._condition:
-                    self._known[key] = item
+                item = self._read(key)
             if item is not None:
                 found.append(item)
         return sorted(found, key=lambda item: -item.step)
+
+    def _read(self, key: _Key) -> _OnDisk | None:
+        """What a checkpoint says of itself; None when it is of no step, or can't be read."""
+        item = None
+        unread = False
+        try:
+            root = read_root(key[0])
+            if root.step is not None:
+                item = _OnDisk(key[0], root.step, note_of(root.values))
+        except (CheckpointError, OSError) as error:
+            unread = not isinstance(error, FormatError | FileNotFoundError)
+        now = time.monotonic()
+        with self._condition:
+            since = self._unread.pop(key, now)
+            if unread and now - since < UNREAD_S:
+                self._unread[key] = since
+            else:
+                self._known[key] = item
+        return item
 
     def _owed(self, place: Place) -> list[_OnDisk]:
         """What is due on a level and is not there, and would not be pruned there at once; the newest first."""
@@ -314,7 +356,7 @@ class Flow(Aftermath):
         with self._condition:
             tree = {
                 "seen": self._seen,
-                "pruning": self._pruning,
+                "pruning": "; ".join(self._pruning.values()) or None,
                 "done": all(done == self._wakes for done in self._done.values()),
                 "levels": {name: state.tree() for name, state in self._states.items()},
             }
@@ -346,15 +388,6 @@ class _State:
             "refused": {str(step): why for step, why in self.refused.items()},
             "error": self.error,
         }
-
-
-def _read(path: str) -> _OnDisk | None:
-    """What a checkpoint says of itself; None when it is of no step, or can't be read."""
-    try:
-        root = read_root(path)
-    except (CheckpointError, OSError):
-        return None
-    return None if root.step is None else _OnDisk(path, root.step, note_of(root.values))
 
 
 def _is_due(level: Level, item: _OnDisk) -> bool:

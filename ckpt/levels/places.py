@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
-from ckpt.levels.prune import prune
+from ckpt.levels.prune import PruneReport, prune
 from ckpt.levels.tiers import Level
 from ckpt.transfer.copy import copy, copy_part
 from ckpt_formats.errors import CheckpointNotFoundError
@@ -19,6 +20,7 @@ class Place:
 
     Attributes:
         present: the steps that are there; None before `look`.
+        tried: how often those were that could not be read.
         refused: steps that can't be brought.
         brought: steps that were; they are not brought again when they have been pruned there.
     """
@@ -27,6 +29,7 @@ class Place:
         self.level = level
         self._part = part
         self.present: set[int] | None = None
+        self.tried: Counter[int] = Counter()
         self.refused: set[int] = set()
         self.brought: set[int] = set()
 
@@ -43,7 +46,7 @@ class Place:
 
         Raises:
             CheckpointExistsError: another one is there.
-            CorruptionError, FormatError: it is damaged.
+            CorruptionError, FormatError: it is damaged, or can't be read now.
             SaveFailedError, OSError: it can't be brought now.
         """
         target = os.path.join(self.level.place, names.step_folder(step))
@@ -55,9 +58,10 @@ class Place:
         if self.present is not None:
             self.present.add(step)
 
-    def prune(self) -> None:
-        """Remove what need not be kept there. Raises CheckpointError, OSError."""
+    def prune(self) -> PruneReport | None:
+        """Remove what need not be kept there, if that is up to this node. Raises CheckpointError, OSError."""
         if self.level.keep is None or self._part:
-            return
-        prune(self.level.place, self.level.keep)
+            return None
+        report = prune(self.level.place, self.level.keep)
         self.look()
+        return report

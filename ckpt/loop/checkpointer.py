@@ -166,7 +166,7 @@ class Checkpointer:
             stack.callback(self._saver.close)
             self._saver.start(group, self._state)
             if self._lead is not None:
-                self._lead.follow(self._saver)
+                self._lead.follow(self._saver, self._saved)
             self._interruption.start()
             stack.callback(self._interruption.close)
             self._over = stack.pop_all()

@@ -61,7 +61,7 @@ class Lead:
     Attributes:
         failed: why the newest save that has ended failed; None if it did not.
         first_failure: why the first save that failed did; whatever came after it.
-        committed: the newest step that was committed.
+        committed: the newest step that was committed in this job.
 
     Raises:
         SaveFailedError: the run can't be had.
@@ -72,6 +72,8 @@ class Lead:
         self.failed: BaseException | None = None
         self.first_failure: BaseException | None = None
         self.committed: int | None = None
+        self._before: int | None = None
+        """The step that was gone on from."""
         self._run = run
         self._levels = levels
         self._mtbf = mtbf
@@ -123,9 +125,10 @@ class Lead:
         self._lives.end(failed=kind is not None and issubclass(kind, Exception))
         self.claim.release()
 
-    def follow(self, saver: AsyncSaver) -> None:
-        """Begin to follow saves."""
+    def follow(self, saver: AsyncSaver, before: int | None) -> None:
+        """Begin to follow saves; the checkpoint gone on from is of step `before`."""
         self._lives.begin()
+        self._before = before
         self._saver = saver
         self._begin = time.monotonic()
         self._following = threading.Thread(target=self._follow, name="ckpt-follow", daemon=True)
@@ -170,9 +173,8 @@ class Lead:
         self.failed = error
         self.first_failure = self.first_failure or error
         self._failures += 1
-        last = (
-            f"the newest checkpoint is of step {self.committed}" if self.committed is not None else "none is saved yet"
-        )
+        newest = self._before if self.committed is None else self.committed
+        last = "none is saved yet" if newest is None else f"the newest checkpoint is of step {newest}"
         more = f"; {self._failures} saves in a row have failed" if self._failures > 1 else ""
         log.error("step %d is not saved, and the training goes on: %s (%s%s)", step, error, last, more)
 
@@ -253,7 +255,7 @@ class Lead:
         for name, state in status["levels"].items():
             before = said.get("levels", {}).get(name, {})
             if state["error"] not in (None, before.get("error")):
-                log.warning("step %s is not on %s yet, and tried again: %s", state["owed"][:1], name, state["error"])
+                log.warning("not all is on %s yet, and is tried again: %s", name, state["error"])
             for step in state["refused"].keys() - before.get("refused", {}).keys():
                 log.error("step %s can't be had on %s: %s", step, name, state["refused"][step])
             if state["sent"] not in (None, before.get("sent")):

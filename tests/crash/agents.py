@@ -6,6 +6,7 @@ Such an agent tells each of its system calls and messages to a file, and comes t
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ LINGER = 0.05
 """Seconds that a watched agent stays when there is nobody and nothing left."""
 STARTUP = 2.0
 """Seconds that it waits for its first trainer."""
+LIFE = 20.0
+"""Seconds after which one is taken to hang, and writes to its log where its threads stand."""
 _Popen = subprocess.Popen
 
 
@@ -73,7 +76,7 @@ class Agents:
             while forked.poll() is None:
                 if forked.frozen():
                     forked.kill()
-                assert time.monotonic() < deadline, f"the agent in process {forked.pid} does not end"
+                assert time.monotonic() < deadline, f"the agent in process {forked.pid} does not end:\n{forked.log()}"
                 time.sleep(0.005)
         self.running.clear()
 
@@ -90,6 +93,7 @@ class Agents:
         for name in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(name, signal.SIG_DFL)
         unwatch()
+        faulthandler.dump_traceback_later(LIFE, repeat=True)
         server.LINGER = LINGER
         server.STARTUP = STARTUP
         for module in (writing, server):
@@ -147,6 +151,7 @@ class _Forked:
 
     def __init__(self, agents: Agents, command: Sequence[str], options: dict[str, Any]) -> None:
         self.returncode: int | None = None
+        self._home = command[list(command).index("--home") + 1]
         self.pid = os.fork()
         if self.pid:
             return
@@ -170,6 +175,12 @@ class _Forked:
                 if pid:
                     self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
+
+    def log(self) -> str:
+        """The end of what it wrote there."""
+        with contextlib.suppress(OSError):
+            return Path(self._home, "log").read_text()[-10_000:]
+        return ""
 
     def frozen(self) -> bool:
         """Whether it is stopped by a signal."""

@@ -171,6 +171,7 @@ class Flow(Aftermath):
     def _work(self, name: str, work: Callable[[], float | None]) -> None:
         """Do some work whenever there may be some; it says after how many seconds to try again what failed."""
         begun = -1
+        failures = 0
         pause: float | None = None
         while True:
             with self._condition:
@@ -181,9 +182,11 @@ class Flow(Aftermath):
                 begun = self._wakes
             try:
                 pause = work()
+                failures = 0
             except Exception:
                 log.exception("%s: the level %s can't be looked after; tried again", self._run_folder, name)
-                pause = LONGEST_PAUSE_S
+                failures += 1
+                pause = _pause_after(failures)
             if pause is None:
                 with self._condition:
                     self._done[name] = begun
@@ -216,7 +219,7 @@ class Flow(Aftermath):
                 state.failures += 1
             log.warning("%s: %s", place.level.place, error)
             place.present = None
-            return min(FIRST_PAUSE_S * 2.0 ** (state.failures - 1), LONGEST_PAUSE_S)
+            return _pause_after(state.failures)
         with self._condition:
             state.error, state.failures = None, 0
         return self._pause()
@@ -255,7 +258,9 @@ class Flow(Aftermath):
             if place.present is None:
                 return None  # who looks there wakes this one up
             removable.difference_update(item.step for item in self._owed(place))
-        report = prune(self._folder, Any(self._first.keep, _AllBut(removable)))
+        # a node that could not get a manifest has its part of that checkpoint all the same
+        begun = self._first.keep if self._node_local else None
+        report = prune(self._folder, Any(self._first.keep, _AllBut(removable)), begun=begun)
         self._pruned(self._first, report)
         if report.removed:
             with self._condition:
@@ -388,6 +393,11 @@ class _State:
             "refused": {str(step): why for step, why in self.refused.items()},
             "error": self.error,
         }
+
+
+def _pause_after(failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 30), LONGEST_PAUSE_S)
 
 
 def _is_due(level: Level, item: _OnDisk) -> bool:

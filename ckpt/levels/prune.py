@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckpt.levels.policies import Policy, Saved, kept
+from ckpt.levels.policies import EveryN, Policy, Saved, kept
 from ckpt.storage.files import Files
 from ckpt.storage.objects import ObjectStore
 from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError, StoreError
@@ -36,6 +36,7 @@ GRACE_S = 3600.0
 DELETERS = 8
 """Objects that are removed at once."""
 _FOLDERS = (names.INDEX, names.DATA)
+_ALL = EveryN(1)
 
 
 class Kept(NamedTuple):
@@ -87,6 +88,7 @@ def prune(
     dry_run: bool = False,
     grace: float = GRACE_S,
     files: Files | None = None,
+    begun: Policy | int | None = None,
 ) -> PruneReport:
     """Remove the checkpoints of a run that a policy does not keep, and debris.
 
@@ -100,6 +102,8 @@ def prune(
         dry_run: only tell.
         grace: seconds, see GRACE_S.
         files: what removes from folders.
+        begun: where the folder has one node's part of each checkpoint, which of those without manifest to keep: this
+            node may be the only one that could not get it. By default as `keep`, if that is seen to be so.
 
     Raises:
         CheckpointNotFoundError: there is no such folder, or it is a checkpoint itself. What can't be removed does not
@@ -113,11 +117,14 @@ def prune(
             f"{folder} is a checkpoint itself; name the folder of the run that holds it", path=folder
         )
     if NODE in folder:
-        each = [prune(one, keep, dry_run=dry_run, grace=grace, files=files) for one in folders_of(folder)]
+        begun = _ALL if keep is None else keep
+        each = [prune(one, keep, dry_run=dry_run, grace=grace, files=files, begun=begun) for one in folders_of(folder)]
         return _together(folder, each)
     if is_url(folder):
         return _StorePrune(folder, found, dry_run, grace).run(keep)
-    return _FolderPrune(folder, found, dry_run, grace, files or Files()).run(keep)
+    if begun is None and any(item.elsewhere for item in found):
+        begun = _ALL if keep is None else keep
+    return _FolderPrune(folder, found, dry_run, grace, files or Files(), begun).run(keep)
 
 
 def _together(run: str, reports: Sequence[PruneReport]) -> PruneReport:
@@ -162,6 +169,9 @@ class _Prune:
         """Remove what attempts that failed left in the folder of a checkpoint."""
         raise NotImplementedError
 
+    def _keep_begun(self, steps: Sequence[int]) -> None:
+        """Keep what may belong to checkpoints that are committed though that can't be seen here, beside these steps."""
+
     def _clear_uncommitted(self) -> None:
         """Remove the folders of saves or copies that never ended, or of checkpoints that were being removed."""
         raise NotImplementedError
@@ -176,6 +186,7 @@ class _Prune:
                 why = "has no step" if item.state is State.WHOLE else item.state.value
                 self._kept.append(Kept(item.path, item.step, why))
         self._by_policy(whole, keep)
+        self._keep_begun([step for _, step in whole])
         stays = {item.path for item in self._kept}
         for item, _ in whole:
             if item.path in stays:
@@ -245,9 +256,26 @@ class _Prune:
 class _FolderPrune(_Prune):
     """Of a run on a mounted file system."""
 
-    def __init__(self, folder: str, found: Sequence[Found], dry_run: bool, grace: float, files: Files) -> None:
+    def __init__(
+        self,
+        folder: str,
+        found: Sequence[Found],
+        dry_run: bool,
+        grace: float,
+        files: Files,
+        begun: Policy | int | None,
+    ) -> None:
         super().__init__(folder, found, dry_run, grace)
         self._files = files
+        self._begun = begun
+
+    def _keep_begun(self, steps: Sequence[int]) -> None:
+        if self._begun is None:
+            return
+        begun = [(item.path, item.step) for item in self._found if item.state is State.NOT_COMMITTED]
+        steps = [*steps, *(step for _, step in begun if step is not None)]
+        stay = kept(self._begun, [Saved(step) for step in steps])
+        self._kept += [Kept(path, step, "other nodes may have its manifest") for path, step in begun if step in stay]
 
     def _linked(self) -> dict[str, str]:
         """What links in the run's folder lead to: a user's `best` or `latest`."""
@@ -264,8 +292,9 @@ class _FolderPrune(_Prune):
         return os.path.lexists(os.path.join(path, names.MANIFEST))
 
     def _clear_uncommitted(self) -> None:
+        stays = {item.path for item in self._kept}
         for path in self._folders():
-            if not self._has_manifest(path):
+            if path not in stays and not self._has_manifest(path):
                 self._clear_folder(path)
 
     def _folders(self) -> Iterator[str]:

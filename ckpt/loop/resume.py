@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.levels.tiers import Level
 from ckpt.loading.load import load
+from ckpt.loop.roots import share_roots
 from ckpt.storage.objects import ObjectStore
 from ckpt_formats.errors import (
     CheckpointNotFoundError,
@@ -70,6 +71,9 @@ def resume(
         StateMismatchError and what else `ckpt.load` raises: the state is another one.
     """
     group = Collective(process_group)
+    for level in levels:
+        if NODE in level.place:
+            share_roots(level.place, group)
     failure: BaseException | None = None
     mine = b"[]"
     try:

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 import ckpt
+from ckpt.collective import Collective
 from ckpt.levels.prune import prune
+from ckpt.loop.roots import share_roots
 from ckpt.storage.facts import update_facts
 from ckpt.transfer.copy import copy, copy_part
 from ckpt_formats.errors import (
@@ -167,6 +169,36 @@ def test_facts_and_pruning_reach_every_disk(tmp_path: Path) -> None:
     (item,) = find_checkpoints(tmp_path / "b" / "run")
     assert (item.state, item.elsewhere) == (State.PARTIAL, True)
     assert [kept.why for kept in prune(tmp_path / "b" / "run", 1).kept] == ["newest"]
+
+
+# --- a node that has no manifest of what is committed
+
+
+def go_on(rank: int, world_size: int, folder: str) -> None:
+    """Each rank reaches its own node's disk alone."""
+    share_roots(f"{folder}/reached-{NODES[rank]}/{{node}}/run", Collective())
+
+
+def test_a_node_without_the_manifest_of_what_it_has_a_part_of_gets_it_from_another(tmp_path: Path) -> None:
+    run_ranks(save_twice, 4, str(tmp_path))
+    b = tmp_path / "b" / "run"
+    (b / "step_2" / "manifest.json").unlink()
+    shutil.rmtree(b / "step_2" / "index")
+    # of a save that failed, and of what is damaged, nothing is made a checkpoint
+    (b / "step_1" / "manifest.json").unlink()
+    next((b / "step_1" / "data").glob("00002-*")).unlink()
+    (b / "step_9" / "data").mkdir(parents=True)
+    for node in "ab":
+        (tmp_path / f"reached-{node}").mkdir()
+        (tmp_path / f"reached-{node}" / node).symlink_to(tmp_path / node)
+    for _ in range(2):
+        run_ranks(go_on, 4, str(tmp_path))
+        assert sorted(path.parent.name for path in b.glob("*/manifest.json")) == ["step_2"]
+    assert_saved(tmp_path / "{node}" / "run" / "step_2", 4, 2)
+    shutil.rmtree(tmp_path / "a")
+    (item,) = (item for item in find_checkpoints(b) if item.state is not State.NOT_COMMITTED)
+    assert (item.step, item.state, item.elsewhere) == (2, State.PARTIAL, True)
+    assert "node a's files are missing" in str(item.problem)
 
 
 # --- from node-local disks to what all nodes share

@@ -87,7 +87,7 @@ class Agents:
         for stream, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
             given = options.get(stream)
             os.dup2(given.fileno() if hasattr(given, "fileno") else null, number)
-        _close_all_but({0, 1, 2, *options["pass_fds"]})
+        _shut_all_but({0, 1, 2, null, *options["pass_fds"]}, null)
         os.environ.clear()
         os.environ.update(options["env"])
         for name in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
@@ -139,11 +139,15 @@ def spots(told: str | os.PathLike[str]) -> list[Spot]:
     return [Spot(*json.loads(line)) for line in Path(told).read_text().splitlines()]
 
 
-def _close_all_but(kept: set[int]) -> None:
+def _shut_all_but(kept: set[int], null: int) -> None:
+    """Let go of what the trainer has open. The numbers stay taken: its objects, which this process has inherited, close
+    them whenever they are collected, and would close what is the agent's by then.
+    """
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in kept:
             with contextlib.suppress(OSError):
-                os.close(int(name))
+                os.fstat(int(name))
+                os.dup2(null, int(name))
 
 
 class _Forked:

@@ -39,9 +39,9 @@ def test_what_is_committed_while_the_first_level_is_pruned_stays_until_it_is_on_
         save(step)
     prune = flow.prune
 
-    def late(*args: Any) -> Any:
+    def late(*args: Any, **options: Any) -> Any:
         save(2)
-        return prune(*args)
+        return prune(*args, **options)
 
     monkeypatch.setattr(flow, "prune", late)
     looking._keep_first()

@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
+import torch
 from torch import distributed
 
+import ckpt
 from ckpt.levels.policies import BestN, EveryN, LatestN
 from ckpt.levels.prune import PruneReport, prune
 from ckpt.storage.facts import update_facts
@@ -368,3 +370,22 @@ def test_a_save_to_the_place_of_a_checkpoint_that_is_being_removed_is_not_harmed
         assert loads(run / "step_2", 2) == rival.saved, point
         saved += rival.saved
     assert saved == len(counting.seen) - 1
+
+
+def test_a_node_that_has_no_manifest_keeps_its_part_for_as_long_as_the_rule_would(tmp_path: Path) -> None:
+    """Another node has it: what this one could not publish, or was killed before it did, is committed all the same."""
+    run = tmp_path / "b" / "run"
+    for step in (1, 2, 3, 4):
+        ckpt.save({"w": torch.ones(3)}, run / f"step_{step}")
+    for step in (2, 3):
+        (run / f"step_{step}" / "manifest.json").unlink()
+    report = prune(tmp_path / "{node}" / "run", 2, grace=-1.0)
+    # of the committed ones, two stay; of all that may be, those that would
+    assert [(item.step, item.why) for item in sorted(report.kept, key=lambda item: item.step or 0)] == [
+        (1, "by the rule"),
+        (3, "other nodes may have its manifest"),
+        (4, "newest"),
+    ]
+    assert [item.step for item in report.debris] == [2]
+    assert sorted(os.listdir(run)) == ["step_1", "step_3", "step_4"]
+    assert sorted(os.listdir(run / "step_3")) == ["data", "index"]

@@ -6,6 +6,7 @@ Such an agent tells each of its system calls and messages to a file, and comes t
 from __future__ import annotations
 
 import contextlib
+import encodings.idna  # noqa: F401 - an agent's first connection has it imported, which a fork may have begun and never ends
 import faulthandler
 import json
 import os

@@ -32,7 +32,6 @@ MEET_S = 30.0
 """Seconds in which ranks of a node connect."""
 STALL_S = 600.0
 """Seconds without a word from a rank after which it is given up."""
-_FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 _TOKEN = 16
 _SIZES = struct.Struct("<QQ")
 _MESSAGE = struct.Struct("<BIQ")
@@ -51,13 +50,14 @@ class Mate:
     size: int
     """Bytes of memory that it shares behind that."""
     received: bytearray = field(default_factory=bytearray)
+    unsent: bytearray = field(default_factory=bytearray)
     finished: bool = False
     mapped: mmap.mmap | None = None
 
     def shared(self) -> memoryview:
         """What it shares, behind what it said."""
         if self.mapped is None:
-            self.mapped = mmap.mmap(self.memory, self.size, flags=_FLAGS, offset=_pages(self.said))
+            self.mapped = mmap.mmap(self.memory, self.size, offset=_pages(self.said))
         return memoryview(self.mapped)
 
 
@@ -90,14 +90,25 @@ class Node:
         return memoryview(self._own)
 
     def send(self, to: int, kind: int, number: int, more: int = 0) -> None:
-        """Tell another rank something short. One that is gone is noticed when it is listened to."""
-        with contextlib.suppress(OSError):
-            self.mates[to].line.sendall(_MESSAGE.pack(kind, number, more))
+        """Tell another rank something short, when it is next listened to, or at `flush`."""
+        self.mates[to].unsent += _MESSAGE.pack(kind, number, more)
+
+    def flush(self) -> None:
+        """Send what has been said: all of it to one rank at once, since what is sent may wake that rank.
+
+        One that is gone is noticed when it is listened to.
+        """
+        for mate in self.mates.values():
+            if mate.unsent:
+                with contextlib.suppress(OSError):
+                    mate.line.sendall(mate.unsent)
+                mate.unsent.clear()
 
     def tell_all(self, kind: int) -> None:
-        """Tell everybody something without more to it."""
+        """Tell everybody something without more to it, at once."""
         for number in self.mates:
             self.send(number, kind, 0)
+        self.flush()
 
     def wake(self) -> None:
         """End a `listen` of another thread."""
@@ -110,6 +121,7 @@ class Node:
         Raises:
             RankError: a rank's process ended, and it had not finished.
         """
+        self.flush()
         for fd, _ in self._poll.poll(timeout * 1000):
             number = self._by_line.get(fd)
             if number is None:
@@ -266,7 +278,7 @@ def _connect(listener: socket.socket, ranks: list[int], index: int, tokens: list
             length, shared = _SIZES.unpack(data)
             mates[number] = Mate(ranks[number], line, descriptors[0], length, shared)
             said[number] = os.pread(descriptors[0], length, 0)
-        own = mmap.mmap(memory, size, flags=_FLAGS, offset=_pages(len(say)))
+        own = mmap.mmap(memory, size, offset=_pages(len(say)))
     except OSError:
         for line in lines.values():
             line.close()

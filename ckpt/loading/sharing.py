@@ -295,7 +295,7 @@ class _Round:
                 future.result()
                 self._offer(number, self._slot_of[number])
                 moved = True
-            if self._ready:
+            while self._ready:
                 owner, number, slot = self._ready.popleft()
                 at = slot * self._slot
                 self._place(self._batches[number], self._node.mates[owner].shared()[at : at + self._slot])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ckpt
+from ckpt_formats.checkpoint import open_checkpoint
 from ckpt_formats.errors import CorruptionError
+from ckpt_formats.geometry import Box
 from ckpt_formats.memory import scratch
+from ckpt_formats.reading import Request
 from ckpt_formats.sources import PAGE, LocalFile
 from tests.ranks import run_ranks
 
@@ -102,6 +106,19 @@ def test_what_is_not_in_the_page_cache_is_read_past_it_and_is_the_same(
     drop(tmp_path / "a")
     with pytest.raises(CorruptionError, match=file.name):
         ckpt.load(target, tmp_path / "a")  # type: ignore[arg-type]
+
+
+def test_looking_whether_files_are_cached_does_not_make_the_next_one_believe_so(tmp_path: Path) -> None:
+    ckpt.save({"w": torch.rand(16, 1 << 20)}, tmp_path / "a")
+    drop(tmp_path / "a")
+    found = []
+    # as ranks of a node do before they read together: each by itself, in the same files
+    for _ in range(4):
+        with open_checkpoint(str(tmp_path / "a")) as checkpoint:
+            target = np.empty((16, 1 << 20), np.float32)
+            plan = checkpoint.reader.plan([Request("w", Box.whole(target.shape), target)])
+            found.append(checkpoint.reader.is_cold(list(plan.pieces())))
+    assert len(set(found)) == 1, found
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, PAGE), (5, PAGE + 5), (PAGE - 1, 3 * PAGE + 1), (9000, 9999)])

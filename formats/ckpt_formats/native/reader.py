@@ -20,7 +20,7 @@ from ckpt_formats.native.ranged import RangedPage
 from ckpt_formats.native.root import MAX_SIZE, Root, decode
 from ckpt_formats.native.row_checks import RowChecks
 from ckpt_formats.remote import Store, is_url, tidy
-from ckpt_formats.sources import ByteSource, DeviceSource, open_source, read_small
+from ckpt_formats.sources import ByteSource, on_device, open_source, read_small
 
 
 def is_native(path: str) -> bool:
@@ -208,11 +208,11 @@ class _SizedSource:
         self._source.read(start, stop, into)
 
     def cached(self, positions: Sequence[int]) -> int:
-        return self._source.cached(positions) if isinstance(self._source, DeviceSource) else len(positions)
+        return self._source.cached(positions) if on_device(self._source) else len(positions)
 
     def read_past_cache(self, start: int, stop: int, into: memoryview) -> memoryview | None:
         self.size()
-        return self._source.read_past_cache(start, stop, into) if isinstance(self._source, DeviceSource) else None
+        return self._source.read_past_cache(start, stop, into) if on_device(self._source) else None
 
     def close(self) -> None:
         self._source.close()

@@ -23,6 +23,7 @@ from benchmarks.two_nodes import enter
 from ckpt.loading import exchange, sharing
 from ckpt.loading.batches import Batch, make_batches
 from ckpt_formats.errors import CheckpointError, CorruptionError, RankError
+from tests.loading.test_buffers import NOISE, drop, resident
 from tests.loading.test_sharing import COLUMNS, ROWS, assert_equal, cut, needs, rows_to_columns, share_everything, whole
 from tests.ranks import Killed, run_ranks
 
@@ -142,6 +143,26 @@ def test_nodes_that_can_not_reach_each_other_read_for_themselves(tmp_path: Path)
     run_ranks(rows_to_columns, 2, tmp_path / "a", False)
     costs: Costs = run_ranks(unreachable, 2, tmp_path / "a")
     assert sum(came for _, came in costs) == 0
+
+
+def peak_of_load(rank: int, world: int, path: Path) -> tuple[int, int]:
+    be_on_a_node(rank, 1)
+    model = {f"w{i}": torch.full((2048, 4096), i + 1.0) for i in range(4)}
+    ckpt.save({"m": model}, path)
+    ckpt.load({"m": model}, path, exchange="always")  # imports are not counted
+    if rank == 0:
+        drop(path)
+    dist.barrier()
+    before = resident()
+    result = ckpt.load({"m": model}, path, exchange="always", buffers=32 << 20)
+    return resident(peak=True) - before, result.bytes_received
+
+
+def test_an_exchange_takes_no_more_memory_than_was_declared(tmp_path: Path) -> None:
+    for peak, received in run_ranks(peak_of_load, 2, tmp_path / "a"):
+        # half of 128 MiB came from the other node
+        assert received >= 60 << 20
+        assert peak <= (32 << 20) + NOISE, f"{peak / 2**20:.0f} MiB"
 
 
 def in_namespaces(rank: int, world: int, path: Path, folder: Path) -> tuple[int, int] | str:

@@ -515,6 +515,8 @@ def response(error: BaseException | None) -> tuple[int | None, str, str]:
             if status is None and code.isdecimal():
                 status = int(code)
             return status, code, str(response["Error"].get("Message", ""))
+        if type(error).__name__ == "ClientResponseError":  # aiohttp's, of web servers
+            return int(error.status), str(error.status), str(error.message)  # type: ignore[attr-defined]
         error = error.__cause__
     return None, "", ""
 

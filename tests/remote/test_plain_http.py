@@ -327,10 +327,12 @@ def test_tls_by_the_authority_that_the_options_name(
         configure("s3://shelf/thing", {})
 
 
-def test_a_checkpoint_on_a_web_server(saved: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_on_a_web_server(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read-only, without listings; by what serves ranges."""
     with web(saved, tmp_path / "web.log") as port:
         url = f"http://127.0.0.1:{port}/step_2"
+        # what it refuses is not asked for again
+        monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("waits to try again"))
         with ckpt.open(url) as checkpoint:
             assert checkpoint.step == 2
         assert loads(url, 2, thoroughly=False)  # type: ignore[arg-type]

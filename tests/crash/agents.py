@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import encodings.idna  # noqa: F401 - an agent's first connection has it imported, which a fork may have begun and never ends
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -83,6 +84,8 @@ class Agents:
 
     def become(self, command: Sequence[str], options: dict[str, Any]) -> None:
         """In the forked process: be the agent."""
+        # what the trainer has left to collect stays: a process group would wait there for threads that no fork has
+        gc.freeze()
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for stream, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):

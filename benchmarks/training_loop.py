@@ -5,7 +5,9 @@
 The demo's GPT, scaled until its training state has more than 100 MB and a step takes about a second. One process, so
 that every system runs as it would for a user: an asynchronous save waits for the one before it. Told are the seconds of
 whole loops as ratios to the loop without saving in the same round, and the CPU-seconds that saving cost, those of the
-processes that save included. With --saves, another loop counts memory and open files over so many saves.
+processes that save included. Then, in new processes, how long a Checkpointer's first save has the training wait, and
+how long the nine after it do, with steps too short to hide anything. With --saves, another loop counts memory and open
+files over so many saves.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from ckpt_cli.demo import model as gpt
 _TARGET = 1.05
 """The most that saving at every step may cost, of the loop without it."""
 _NONE = "no saving"
+FIRST_SAVES = 10
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -74,13 +77,13 @@ class Result:
 class Training:
     """The demo's GPT and AdamW on random text, of which every step costs the same."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, batch: int = 14) -> None:
         torch.manual_seed(seed)
         # the demo's model reads its sizes when it is made
         gpt.WIDTH, gpt.HEADS, gpt.HIDDEN, gpt.LAYERS = 512, 8, 1365, 4
         self.model = gpt.GPT(256)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, foreach=True)
-        self.text = torch.randint(256, (14, 129))
+        self.text = torch.randint(256, (batch, 129))
         self.state: dict[str, object] = {"model": self.model, "optimizer": self.optimizer}
         self.step(lambda: None)
 
@@ -131,6 +134,22 @@ def rank_main(group: Group, asked: Parameters) -> Result:
         result.growth = _growth(group, training, asked)
     dist.destroy_process_group()
     return result
+
+
+def rank_main_of_first_saves(group: Group, asked: Parameters) -> list[float]:
+    """What a new process runs: seconds that the training waited for each of ten saves, after steps on one sample."""
+    training = Training(asked.seed, batch=1)
+    shutil.rmtree(asked.folder, ignore_errors=True)
+    waits = []
+    with ckpt.Checkpointer(asked.folder, training.state, every=1, keep=2) as run:
+        end = None
+        for _ in run.steps(FIRST_SAVES + 1):
+            if end is not None:
+                waits.append(time.monotonic() - end)
+            training.step(lambda: None)
+            end = time.monotonic()
+    group.say(", ".join(f"{wait * 1e3:.1f}" for wait in waits) + " ms")
+    return waits
 
 
 def _torch_save(training: Training, folder: Path) -> None:
@@ -253,6 +272,24 @@ def section(result: Result, asked: Parameters) -> Section:
     )
 
 
+def first_section(runs: Sequence[Sequence[float]], nbytes: int) -> Section:
+    """The table of first saves: one repetition a process."""
+    firsts = [waits[0] for waits in runs]
+    later = [quartiles(waits[1:])[1] for waits in runs]
+    # the first save of all is of the first process
+    measures = [
+        Measure("first", "ckpt", "first save", first=firsts[0], seconds=firsts),
+        Measure("first", "ckpt", f"saves 2 to {FIRST_SAVES}, their median", first=later[0], seconds=later),
+    ]
+    return Section(
+        title="For how long a Checkpointer's first save has the training wait: 1 process",
+        measures=measures,
+        nbytes=nbytes,
+        yardstick=Yardstick("x later", lambda m: [one / base for one, base in zip(m.seconds, later, strict=True)]),
+        targets={},
+    )
+
+
 @click.command()
 @click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(".bench"), show_default=True)
 @click.option("--steps", type=click.IntRange(2), default=10, show_default=True)
@@ -269,16 +306,20 @@ def main(folder: Path, steps: int, repetitions: int, seed: int, saves: int, json
     try:
         say = partial(print_progress, progress, 1)
         result: Result = run_ranks(rank_main, 1, asked, say=say, children=True)
+        firsts = [
+            run_ranks(rank_main_of_first_saves, 1, asked, say=say, children=True) for _ in range(asked.repetitions)
+        ]
     finally:
         shutil.rmtree(asked.folder, ignore_errors=True)
-    table = section(result, asked)
-    show(console, table)
+    tables = [section(result, asked), first_section(firsts, result.state_bytes)]
+    for table in tables:
+        show(console, table)
     for line in result.growth:
         console.print(line)
-    show_verdict(console, [table])
+    show_verdict(console, tables)
     if json_path is not None:
         parameters = {"steps": steps, "repetitions": repetitions, "seed": seed, "saves": saves}
-        write_json(json_path, "training_loop", parameters, facts, [table])
+        write_json(json_path, "training_loop", parameters, facts, tables)
 
 
 if __name__ == "__main__":

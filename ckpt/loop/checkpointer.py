@@ -169,6 +169,8 @@ class Checkpointer:
                 self._lead.follow(self._saver, self._saved)
             self._interruption.start()
             stack.callback(self._interruption.close)
+            if not self._saver.prepared():
+                log.warning("memory for captures is not there yet: the first save will wait for it")
             self._over = stack.pop_all()
         return self
 

@@ -80,6 +80,16 @@ def saved(run: Path) -> list[int]:
     return [item.step or 0 for item in find_checkpoints(run) if item.state is State.WHOLE]
 
 
+def test_the_memory_for_the_first_save_is_there_when_the_loop_begins(tmp_path: Path) -> None:
+    state: dict[str, object] = {"weights": torch.zeros(1 << 25)}  # 128 MiB: the pages of three take a while to touch
+    with ckpt.Checkpointer(tmp_path, state, every=1) as run:
+        spare = run._saver._slots._spare
+        assert spare is not None
+        assert len(spare.view) >= 1 << 27
+        # of the file's pages none is left to be made
+        assert os.stat(spare.arena).st_blocks * 512 >= 3 << 27
+
+
 def test_a_loop_saves_every_so_many_steps_and_its_last_and_goes_on_from_there(tmp_path: Path) -> None:
     assert train(tmp_path / "run", 10, every=4) == list(range(1, 11))
     assert saved(tmp_path / "run") == [4, 8, 10]

@@ -8,13 +8,13 @@ or below a URL.
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ckpt.levels.debris import FOLDERS, info_of, is_begun, is_data, is_ours, newest_change, ours
 from ckpt.levels.policies import EveryN, Policy, Saved, kept
 from ckpt.storage.files import Files
 from ckpt.storage.objects import ObjectStore
@@ -35,7 +35,6 @@ GRACE_S = 3600.0
 """Seconds for which nothing must have changed in what is taken for debris: a save or copy may be under way."""
 DELETERS = 8
 """Objects that are removed at once."""
-_FOLDERS = (names.INDEX, names.DATA)
 _ALL = EveryN(1)
 
 
@@ -306,11 +305,11 @@ class _FolderPrune(_Prune):
             listed = {names.MANIFEST, names.FACTS, *_listed(read_root(item.path))}
         except (CheckpointError, OSError):
             return
-        for relative in _ours(item.path):
+        for relative in ours(item.path):
             if relative in listed:
                 continue
             path = os.path.join(item.path, relative)
-            info = _lstat(path)
+            info = info_of(path)
             if info is None:
                 continue
             if info.st_mtime > self._before:
@@ -321,18 +320,18 @@ class _FolderPrune(_Prune):
 
     def _clear_folder(self, path: str) -> None:
         """Remove the folder of a save or copy that never ended, or of a checkpoint that was being removed."""
-        ours = list(_ours(path))
-        if not (ours or _is_begun(path)):
+        mine = list(ours(path))
+        if not (mine or is_begun(path)):
             return  # nothing of this format
-        if _newest_change(path) > self._before:
+        if newest_change(path) > self._before:
             self._recent.append(path)
             return
-        sizes = [info.st_size for info in (_lstat(os.path.join(path, relative)) for relative in ours) if info]
+        sizes = [info.st_size for info in (info_of(os.path.join(path, relative)) for relative in mine) if info]
         if self._has_manifest(path):
             return  # committed this moment
         if not self._dry_run:
             failures = len(self._failed)
-            self._clear(path, ours)
+            self._clear(path, mine)
             if len(self._failed) > failures:
                 return
         self._debris.append(Removed(path, names.step_of(os.path.basename(path)), sum(sizes)))
@@ -342,11 +341,11 @@ class _FolderPrune(_Prune):
         for relative in sorted(relatives):
             self._unlink(os.path.join(path, relative))
         # what a save or copy left that failed here before the checkpoint was committed
-        for relative in sorted(set(_ours(path)) - set(relatives)):
-            info = _lstat(os.path.join(path, relative))
+        for relative in sorted(set(ours(path)) - set(relatives)):
+            info = info_of(os.path.join(path, relative))
             if info is not None and info.st_mtime <= self._before:
                 self._unlink(os.path.join(path, relative))
-        for folder in (*(os.path.join(path, name) for name in _FOLDERS), path):
+        for folder in (*(os.path.join(path, name) for name in FOLDERS), path):
             try:
                 if not os.listdir(folder):
                     self._files.remove_folder(folder)
@@ -391,7 +390,7 @@ class _StorePrune(_Prune):
     def _clear_committed(self, item: Found) -> None:
         try:
             listed = {names.MANIFEST, *_listed(read_root(item.path))}
-            debris = [entry for entry in self._store.walk(item.path) if _is_ours(entry) and entry.name not in listed]
+            debris = [entry for entry in self._store.walk(item.path) if is_ours(entry) and entry.name not in listed]
         except (CheckpointError, OSError):
             return
         old = [entry for entry in debris if self._is_old(entry)]
@@ -412,7 +411,7 @@ class _StorePrune(_Prune):
         names_below |= {url[len(self._folder) + 1 :].partition("/")[0] for url in began}
         for name in sorted(names_below):
             path = os.path.join(self._folder, name)
-            unfinished = {url: at for url, at in began.items() if url.startswith(path + "/") and _is_data(url, path)}
+            unfinished = {url: at for url, at in began.items() if url.startswith(path + "/") and is_data(url, path)}
             there = self._store.walk(path)
             if any(is_lease(entry.name) and not self._is_old(entry, LEASE_S) for entry in there):
                 if not self._has_manifest(path):
@@ -424,21 +423,21 @@ class _StorePrune(_Prune):
                 elif self._dry_run or self._abandon(url):
                     self._debris.append(Removed(url, None, 0))
             if not self._has_manifest(path):
-                self._clear_objects(path, [entry for entry in there if _is_ours(entry)])
+                self._clear_objects(path, [entry for entry in there if is_ours(entry)])
 
-    def _clear_objects(self, path: str, ours: Sequence[Entry]) -> None:
-        if not ours:
+    def _clear_objects(self, path: str, mine: Sequence[Entry]) -> None:
+        if not mine:
             return  # nothing of this format
-        if not all(map(self._is_old, ours)):
+        if not all(map(self._is_old, mine)):
             self._recent.append(path)
-        elif self._dry_run or self._delete(path, [entry.name for entry in ours]):
-            size = sum(entry.size for entry in ours)
+        elif self._dry_run or self._delete(path, [entry.name for entry in mine]):
+            size = sum(entry.size for entry in mine)
             self._debris.append(Removed(path, names.step_of(os.path.basename(path)), size))
 
     def _is_old(self, entry: Entry, grace: float | None = None) -> bool:
         """Whether an object of this format has not changed for the grace time. What the store does not date is new."""
         before = self._before if grace is None else time.time() - grace
-        return _is_ours(entry) and entry.modified is not None and entry.modified <= before
+        return is_ours(entry) and entry.modified is not None and entry.modified <= before
 
     def _delete(self, path: str, relatives: Sequence[str]) -> bool:
         """Remove objects; whether all are gone."""
@@ -476,65 +475,3 @@ def _facts(path: str) -> tuple[Facts, str | None]:
 def _listed(root: Root) -> list[str]:
     """The files that belong to a checkpoint beside its manifest."""
     return [*(page.path for page in root.pages), *(file.path for file in root.files), names.FACTS]
-
-
-def _ours(path: str) -> Iterator[str]:
-    """The files in a checkpoint's folder, relative to it, that have names of this format; the manifest is not told."""
-    for folder in (*_FOLDERS, ""):
-        inside = os.path.join(path, folder)
-        if os.path.islink(inside):
-            continue
-        try:
-            entries = sorted(os.listdir(inside))
-        except OSError:
-            continue
-        for name in entries:
-            mine = names.attempt_of(name) is not None if folder else name == names.FACTS or _is_temporary(name)
-            info = _lstat(os.path.join(inside, name)) if mine else None
-            if info is not None and not stat.S_ISDIR(info.st_mode):
-                yield f"{folder}/{name}" if folder else name
-
-
-def _is_ours(entry: Entry) -> bool:
-    """Whether an object in a checkpoint's folder has a name of this format; the manifest's is not told."""
-    folder, _, name = entry.name.rpartition("/")
-    if folder:
-        return folder in _FOLDERS and names.attempt_of(name) is not None
-    return name == names.FACTS or _is_temporary(name)
-
-
-def _is_data(url: str, path: str) -> bool:
-    return _is_ours(Entry(url[len(path) + 1 :], 0, False, None))
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and names.attempt_of(name) is not None
-
-
-def _is_begun(path: str) -> bool:
-    """Whether a folder without files is one that a save has begun or a prune has emptied."""
-    if all(os.path.isdir(os.path.join(path, name)) for name in _FOLDERS):
-        return True
-    try:
-        entries = set(os.listdir(path))
-    except OSError:
-        return False
-    return entries <= set(_FOLDERS) and names.step_of(os.path.basename(path)) is not None
-
-
-def _newest_change(path: str) -> float:
-    """When something was last changed in a folder, in seconds since the epoch."""
-    newest = 0.0
-    for inside, _, files in os.walk(path):
-        for at in (inside, *(os.path.join(inside, file) for file in files)):
-            info = _lstat(at)
-            if info is not None:
-                newest = max(newest, info.st_mtime)
-    return newest
-
-
-def _lstat(path: str) -> os.stat_result | None:
-    try:
-        return os.lstat(path)
-    except OSError:
-        return None

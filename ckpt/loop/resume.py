@@ -86,7 +86,7 @@ def resume(
         try:
             if candidate.problem is not None:
                 raise CorruptionError(candidate.problem, path=candidate.path)
-            load(state, candidate.path, process_group=process_group)
+            _load(state, candidate, process_group)
         except (UnknownVersionError, UnknownCodecError, UnknownDtypeError):
             raise
         except (CorruptionError, FormatError, CheckpointNotFoundError) as error:
@@ -105,6 +105,18 @@ def resume(
             path=bad[0].path,
         )
     return None
+
+
+def _load(state: MutableMapping[str, object], candidate: _Candidate, process_group: ProcessGroup | None) -> None:
+    """Load it, at the second attempt if need be: to take for damaged what could not be read for a moment costs the
+    steps since the one before. Collective.
+    """
+    try:
+        load(state, candidate.path, process_group=process_group)
+    except CorruptionError as error:
+        # it is the same on all ranks
+        log.warning("step %d on %s is read once more: %s", candidate.step, candidate.level, error)
+        load(state, candidate.path, process_group=process_group)
 
 
 def _candidates(levels: Sequence[Level], *, everywhere: bool) -> list[tuple[int, int, _Candidate]]:

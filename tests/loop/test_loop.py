@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -236,6 +237,26 @@ def test_damage_is_passed_over_for_the_checkpoint_before_and_moved_aside(
     assert os.listdir(tmp_path / "damaged") == ["step_00000006.0"]
     assert "step 6 on disk can't be used" in caplog.text
     assert "goes on after step 4" in caplog.text
+
+
+def test_what_can_not_be_read_for_a_moment_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, 6, every=2)
+    read, failed = os.preadv, []
+
+    def fails_once(fd: int, *arguments: Any) -> int:
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        if "/data/" in name and len(failed) < 2:  # past the cache, and then through it
+            failed.append(name)
+            raise OSError(errno.EIO, "Input/output error")
+        return read(fd, *arguments)
+
+    monkeypatch.setattr(os, "preadv", fails_once)
+    assert train(tmp_path, 8, every=2) == [7, 8]
+    assert len(failed) == 2
+    assert saved(tmp_path) == [2, 4, 6, 8]
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_a_run_of_which_all_is_damaged_does_not_begin_anew_in_silence(tmp_path: Path) -> None:

@@ -280,6 +280,8 @@ class AgentClient:
         """Leave: the agent ends when all have left and everything is written."""
         self._channel.close()
         self._watch.close()
+        # handles of saves refer to this, and would keep the memory
+        self._arena = None
 
     def _ask(self, message: Message, timeout: float = ANSWER) -> Message:
         answer = self._channel.ask(message, timeout)
@@ -314,8 +316,10 @@ def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_
             )
         os.close(other_end)
         other_end = -1
-        answered, _, _ = select.select([ready], [], [], START)
-        if not answered or os.read(ready, 1) != b"1":
+        # select() knows no descriptors above 1023, and trainings may have more open
+        answer = select.poll()
+        answer.register(ready, select.POLLIN)
+        if not answer.poll(START * 1000) or os.read(ready, 1) != b"1":
             process.kill()
             process.wait()
             with open(os.path.join(home, "log"), encoding="utf-8", errors="replace") as log_text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import resource
@@ -237,6 +238,28 @@ def test_damage_is_passed_over_for_the_checkpoint_before_and_moved_aside(
     assert os.listdir(tmp_path / "damaged") == ["step_00000006.0"]
     assert "step 6 on disk can't be used" in caplog.text
     assert "goes on after step 4" in caplog.text
+
+
+def test_a_training_with_thousands_of_open_files_saves_too(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        train(tmp_path, 2, every=1)
+    finally:
+        for fd in opened:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert saved(tmp_path) == [1, 2]
+
+
+def test_memory_for_captures_is_given_back_at_the_end(tmp_path: Path) -> None:
+    gc.disable()  # at once, not when it is collected
+    try:
+        train(tmp_path, 2, every=1)
+        assert "/ckpt-agent-" not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
 
 
 def test_what_can_not_be_read_for_a_moment_is_no_damage(

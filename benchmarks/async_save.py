@@ -187,16 +187,12 @@ def sections(processes: int, where: str, nbytes: int, measures: Sequence[Measure
             title=f"{titles[phase]}: {who}",
             measures=some,
             nbytes=nbytes,
-            yardstick=Yardstick(unit, _ratio_to(limit)),
+            yardstick=Yardstick.ratio(unit, limit.seconds),
             targets={"ckpt": _TARGETS[phase]},
             notes=[f"{unit[2:]}: {limit.setting}"],
         )
         for phase, (some, limit, unit) in shown.items()
     ]
-
-
-def _ratio_to(limit: Measure) -> Any:
-    return lambda measure: [ours / base for ours, base in zip(measure.seconds, limit.seconds, strict=True)]
 
 
 @click.command()

@@ -92,7 +92,7 @@ def copies(training: Training, folder: Path, repetitions: int) -> Section:
         title=f"From the GPU into host memory: {training.nbytes / 1e9:.2f} GB in {len(training.tensors())} tensors",
         measures=list(measures.values()),
         nbytes=training.nbytes,
-        yardstick=Yardstick("x plain copy", lambda m: [a / b for a, b in zip(m.seconds, limit, strict=True)]),
+        yardstick=Yardstick.ratio("x plain copy", limit),
         targets={"ckpt": _BANDWIDTH},
     )
 
@@ -137,7 +137,7 @@ def steps(training: Training, folder: Path, repetitions: int, count: int) -> Sec
         title=f"A loop of {count} steps on the GPU that saves {training.nbytes / 1e9:.2f} GB after each",
         measures=list(measures.values()),
         nbytes=training.nbytes * count,
-        yardstick=Yardstick("x no saving", lambda m: [a / b for a, b in zip(m.seconds, alone, strict=True)]),
+        yardstick=Yardstick.ratio("x no saving", alone),
         targets={"ckpt": _STALL},
         notes=["before each save, the one before it is waited for, so that a slow disk is seen, too"],
     )

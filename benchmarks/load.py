@@ -220,17 +220,12 @@ def sections(processes: int, outcome: Outcome) -> list[Section]:
                 title=f"{_WHAT[phase]}, {_HOW[temperature]}: {where}, {needed / 2**30:g} GiB",
                 measures=[entry[0] for entry in shown.values()],
                 nbytes=needed,
-                yardstick=Yardstick("x raw", _ratio_to(limit)),
+                yardstick=Yardstick.ratio("x raw", limit.seconds),
                 targets={} if target is None else {CKPT: target},
                 notes=[f"raw limit: {limit.setting}, which had the least median"],
             )
         )
     return result
-
-
-def _ratio_to(limit: Measure) -> Callable[[Measure], list[float]]:
-    # repetition by repetition: a moment in which the machine was slow was slow for both
-    return lambda measure: [ours / raw for ours, raw in zip(measure.seconds, limit.seconds, strict=True)]
 
 
 def show_costs(console: Console, processes: int, outcome: Outcome) -> None:

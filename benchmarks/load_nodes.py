@@ -196,16 +196,12 @@ def sections(mbit: int, size: int, outcome: Outcome) -> list[Section]:
                 title=f"{_WHAT[phase]}, nothing cached: {size / 2**30:g} GiB, {mbit} Mbit/s each way",
                 measures=list(measures.values()),
                 nbytes=size,
-                yardstick=Yardstick("x slower of raw, link", partial(_ratios, limits)),
+                yardstick=Yardstick.ratio("x slower of raw, link", limits),
                 targets={CKPT: _TARGET},
                 notes=[f"bytes read over bytes stored, both nodes: {read}"],
             )
         )
     return result
-
-
-def _ratios(limits: Sequence[float], measure: Measure) -> list[float]:
-    return [ours / limit for ours, limit in zip(measure.seconds, limits, strict=True)]
 
 
 @click.command()

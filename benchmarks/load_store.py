@@ -175,7 +175,7 @@ def main(folder: Path, size: int, repetitions: int, quick: bool) -> None:
             title=f"Load from an S3 server on loopback: 1 process, {size / 1024:g} GiB",
             measures=[measure for measure, _ in runs],
             nbytes=size << 20,
-            yardstick=Yardstick("x GETs", lambda m: [a / b for a, b in zip(m.seconds, limit.seconds, strict=True)]),
+            yardstick=Yardstick.ratio("x GETs", limit.seconds),
             targets={"ckpt": _TARGET},
             notes=[f"GETs: {limit.setting}, which had the least median"],
         )

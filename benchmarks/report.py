@@ -29,6 +29,11 @@ class Yardstick:
     title: str
     of: Callable[[Measure], Sequence[float]]
 
+    @classmethod
+    def ratio(cls, title: str, limits: Sequence[float]) -> Yardstick:
+        """Ratios to other times, repetition by repetition: a moment in which the machine was slow was slow for both."""
+        return cls(title, lambda measure: [ours / limit for ours, limit in zip(measure.seconds, limits, strict=True)])
+
 
 @dataclass(frozen=True, slots=True)
 class Section:

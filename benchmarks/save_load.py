@@ -9,7 +9,7 @@ the page cache. README.md in this folder has the method.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -96,17 +96,12 @@ def sections(processes: int, nbytes: int, measures: Sequence[Measure]) -> list[S
                 title=f"{_WHAT[phase]}: {where}, {nbytes / 2**30:g} GiB",
                 measures=shown,
                 nbytes=nbytes,
-                yardstick=Yardstick("x raw", _ratio_to(limit)),
+                yardstick=Yardstick.ratio("x raw", limit.seconds),
                 targets={CKPT: _TARGETS[phase]} if phase in _TARGETS else {},
                 notes=notes,
             )
         )
     return result
-
-
-def _ratio_to(limit: Measure) -> Callable[[Measure], list[float]]:
-    # Repetition by repetition: a moment in which the disk was slow was slow for both.
-    return lambda measure: [ours / raw for ours, raw in zip(measure.seconds, limit.seconds, strict=True)]
 
 
 @click.command()

@@ -249,9 +249,6 @@ def section(result: Result, asked: Parameters) -> Section:
     """The table."""
     alone = next(measure for measure in result.measures if measure.system == _NONE)
 
-    def ratios(measure: Measure) -> Sequence[float]:
-        return [ours / base for ours, base in zip(measure.seconds, alone.seconds, strict=True)]
-
     notes = [f"{asked.steps} steps of {quartiles(alone.seconds)[1] / asked.steps:.2f} s, a save after each"]
     base = quartiles(result.cpu[f"{_NONE}: {asked.steps} steps"])[1]
     for name, seconds in sorted(result.cpu.items()):
@@ -266,7 +263,7 @@ def section(result: Result, asked: Parameters) -> Section:
         title=f"A training loop that saves at every step: 1 process, state of {result.state_bytes / 1e6:.0f} MB",
         measures=result.measures,
         nbytes=result.state_bytes * asked.steps,
-        yardstick=Yardstick("x no saving", ratios),
+        yardstick=Yardstick.ratio("x no saving", alone.seconds),
         targets={"ckpt": _TARGET},
         notes=notes,
     )
@@ -285,7 +282,7 @@ def first_section(runs: Sequence[Sequence[float]], nbytes: int) -> Section:
         title="For how long a Checkpointer's first save has the training wait: 1 process",
         measures=measures,
         nbytes=nbytes,
-        yardstick=Yardstick("x later", lambda m: [one / base for one, base in zip(m.seconds, later, strict=True)]),
+        yardstick=Yardstick.ratio("x later", later),
         targets={},
     )
 

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt import collector
@@ -18,7 +18,7 @@ from ckpt.events import Operation
 from ckpt.storage.data_file import Staging, write_data_file
 from ckpt.storage.files import Files
 from ckpt.storage.publish import remove_folders
-from ckpt.transfer.feeding import Feed, Item, casts_of
+from ckpt.transfer.feeding import Feed, Item, Progress, Tally, casts_of
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.errors import (
     CheckpointError,
@@ -66,7 +66,7 @@ def export(
     rename: Rename | None = None,
     dtype: str | Mapping[str, str] | None = None,
     shard: int = SHARD,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     files: Files | None = None,
 ) -> ExportResult:
     """Write tensors of the checkpoint `source` into a new folder `target` of safetensors files.
@@ -100,14 +100,7 @@ def export(
             items = _items(checkpoint, dtype)
             planned = list(_shards(items, shard))
         total = sum(item.nbytes for item in items)
-        done = 0
-
-        def count(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(done, total)
-
+        count = Tally(progress, total)
         # beside its place, so that it can be renamed; whoever finds it knows what it was
         folder = f"{path}.{secrets.token_hex(8)}.tmp"
         staging = Staging()

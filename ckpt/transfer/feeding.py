@@ -22,7 +22,7 @@ from ckpt_formats.layout.patterns import Pattern
 from ckpt_formats.manifest import Manifest, TensorMeta
 from ckpt_formats.reading import Request
 
-__all__ = ["Casts", "Feed", "Item", "casts_of"]
+__all__ = ["Casts", "Feed", "Item", "Progress", "Tally", "casts_of"]
 
 WINDOW = 16 << 20
 """Bytes that are read from the source at once."""
@@ -30,6 +30,10 @@ CAST = 1 << 18
 """Elements that are cast at once."""
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 """What a dtype for everything is for; smaller floats are scaled, as a rule, by something beside them."""
+
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
 
 
 class Item(NamedTuple):
@@ -129,14 +133,28 @@ def _can_cast(source: DType, to: DType) -> bool:
     return not one.is_floating_point and np.can_cast(source.numpy, to.numpy, "safe")
 
 
+class Tally:
+    """Adds up bytes that are handed on, and tells of them."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
 class Feed:
     """The elements of one file's chunks, read from the source in the order in which they are written.
 
     They are read a window at a time, small chunks many together.
     """
 
-    def __init__(self, checkpoint: Checkpoint, parts: Sequence[Item], count: Callable[[int], None]) -> None:
-        """`count` is called with bytes that were handed on."""
+    def __init__(self, checkpoint: Checkpoint, parts: Sequence[Item], count: Tally) -> None:
+        """`count` is told of bytes that were handed on."""
         self._checkpoint = checkpoint
         self._parts = parts
         self._count = count

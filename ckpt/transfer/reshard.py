@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ckpt.saving.sources import BytesSource
 from ckpt.storage.data_file import Staging, write_data_file
 from ckpt.storage.files import Files
 from ckpt.storage.publish import discard, prepare_folder
-from ckpt.transfer.feeding import Casts, Feed, Item, casts_of
+from ckpt.transfer.feeding import Casts, Feed, Item, Progress, Tally, casts_of
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.codecs import RAW
 from ckpt_formats.errors import CheckpointError, SaveFailedError
@@ -33,9 +33,6 @@ from ckpt_formats.manifest import RANK_PREFIX, RESERVED_PREFIX, Manifest
 from ckpt_formats.native import names
 from ckpt_formats.remote import folder_of
 from ckpt_formats.renaming import Rename
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,19 +99,12 @@ def reshard(
         manifest = checkpoint.manifest
         operation.step = manifest.step
         resolved = resolve(manifest, mesh, layout or Layout())
-        done = 0
-
-        def count(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(done, total)
-
         with operation.phase("plan"):
             casts = casts_of(manifest, dtype)
             own = _own(checkpoint)
             per_rank = _assign(checkpoint, resolved, casts, own)
         total = sum(part.nbytes for held in per_rank for part in held)
+        count = Tally(progress, total)
         folder = prepare_folder(files, path)
         attempt = secrets.token_hex(8)
         staging = Staging()

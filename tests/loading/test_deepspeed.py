@@ -29,6 +29,7 @@ from tests.docs.test_parallelism import Model as Documented
 from tests.loading import cuts
 from tests.loading.cuts import Model, Run
 from tests.loading.test_every_cut import assert_same, contents
+from tests.loading.test_fsdp1 import Tied
 from tests.ranks import run_ranks
 
 # not by importing it: only the ranks have it
@@ -349,17 +350,10 @@ def test_what_is_saved_behind_the_training_is_of_before_the_step(name: str, save
 # --- models of other kinds
 
 
-class Tied(nn.Module):
+class TiedAndFrozen(Tied):
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(7, 5)
-        self.inner = nn.Linear(5, 5)
-        self.head = nn.Linear(5, 7, bias=False)
-        self.head.weight = self.embed.weight
         self.inner.bias.requires_grad_(False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.inner(self.embed(tokens)))
 
 
 def tied_on(rank: int, world: int, folder: str) -> None:
@@ -368,7 +362,7 @@ def tied_on(rank: int, world: int, folder: str) -> None:
     names = {"torch": torch, "ckpt": ckpt, "model": Documented(), "path": f"{folder}/documented"}
     exec(compile(example, "the example of docs/parallelism.md", "exec"), names)
     for name in ("stage1", "stage3"):
-        model = Tied()
+        model = TiedAndFrozen()
         # the frozen parameter is in a group, of which DeepSpeed drops it
         made = initialized(name, model, torch.optim.AdamW(model.parameters(), lr=LR))
         state = {"model": made, "optimizer": made.optimizer}
@@ -384,7 +378,7 @@ def tied_on(rank: int, world: int, folder: str) -> None:
 
 def test_tied_and_frozen_parameters_and_weights_alone_and_the_documented_example(tmp_path: Path) -> None:
     for name in ("plain", "other"):
-        model = Tied()
+        model = TiedAndFrozen()
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
         model(torch.arange(6)).square().sum().backward()
         optimizer.step()

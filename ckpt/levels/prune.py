@@ -26,8 +26,9 @@ from ckpt_formats.native import names
 from ckpt_formats.native.node_folders import NODE, folders_of
 from ckpt_formats.native.reader import read_root
 from ckpt_formats.native.root import Root
-from ckpt_formats.remote import Entry, is_url, normal
+from ckpt_formats.remote import Entry
 from ckpt_formats.runs import Found, State, find_checkpoints
+from ckpt_formats.urls import is_url, normal
 
 __all__ = ["GRACE_S", "Kept", "PruneReport", "Removed", "prune"]
 

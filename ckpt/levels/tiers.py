@@ -18,7 +18,8 @@ from ckpt.levels.every import Every, EveryLike, every
 from ckpt.levels.policies import Any, BestN, EveryN, LatestN, Policy, policy
 from ckpt_formats.errors import StateError
 from ckpt_formats.native.node_folders import NODE
-from ckpt_formats.remote import configure, is_url, normal
+from ckpt_formats.remote import configure
+from ckpt_formats.urls import is_url, normal
 
 __all__ = ["Disk", "Level", "Remote", "levels_from_json", "levels_to_json", "settle"]
 

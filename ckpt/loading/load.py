@@ -40,8 +40,8 @@ from ckpt_formats.errors import (
     StateMismatchError,
 )
 from ckpt_formats.reading import BUFFERS, ReadPlan, ReadStats, Request
-from ckpt_formats.remote import is_url, tidy
 from ckpt_formats.renaming import Rename
+from ckpt_formats.urls import is_url, tidy
 
 SHARED = 1.1
 """Ranks share what they read when they would read so many times what is stored, all together."""

@@ -42,7 +42,7 @@ from ckpt_formats.errors import (
     ValuesDifferError,
 )
 from ckpt_formats.native import names
-from ckpt_formats.remote import is_url
+from ckpt_formats.urls import is_url
 
 __all__ = ["Checkpointer"]
 

@@ -30,8 +30,8 @@ from ckpt_formats.errors import (
 from ckpt_formats.leases import is_lease
 from ckpt_formats.native import names
 from ckpt_formats.native.node_folders import NODE, folders_of
-from ckpt_formats.remote import is_url
 from ckpt_formats.runs import State, find_checkpoints
+from ckpt_formats.urls import is_url
 
 __all__ = ["DAMAGED", "Resumed", "resume"]
 

@@ -41,8 +41,8 @@ from ckpt_formats.geometry import Box
 from ckpt_formats.manifest import BLOB_PREFIX, rank_blob
 from ckpt_formats.native import names
 from ckpt_formats.native.node_folders import NODE
-from ckpt_formats.remote import folder_of
 from ckpt_formats.safetensors_file import FileLayout
+from ckpt_formats.urls import folder_of
 from ckpt_formats.values import encode
 
 PLANS = 4

@@ -21,7 +21,7 @@ from ckpt_formats.locks import held
 from ckpt_formats.native import names
 from ckpt_formats.native.node_folders import NODE, folders_of, root_folder
 from ckpt_formats.native.reader import is_native
-from ckpt_formats.remote import is_url, normal
+from ckpt_formats.urls import is_url, normal
 
 PATIENCE_S = 10.0
 """Seconds to wait for somebody else who records facts of the same checkpoint."""

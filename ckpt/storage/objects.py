@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from ckpt_formats.errors import StoreError
 from ckpt_formats.native import names
-from ckpt_formats.remote import PAUSES_S, REQUEST_TIMEOUT_S, Store, normal, response
+from ckpt_formats.remote import PAUSES_S, REQUEST_TIMEOUT_S, Store, response
+from ckpt_formats.urls import normal
 
 __all__ = ["PART", "ObjectStore", "Upload"]
 

@@ -16,8 +16,8 @@ from ckpt.storage.data_file import Staging
 from ckpt.storage.files import Files
 from ckpt.transfer.copying import Progress, buffers, open_copy
 from ckpt_formats.errors import CheckpointNotFoundError, CorruptionError, FormatError
-from ckpt_formats.remote import normal
 from ckpt_formats.runs import Found, State, find_checkpoints
+from ckpt_formats.urls import normal
 
 __all__ = ["CopyResult", "RunCopyResult", "copy", "copy_part", "copy_run"]
 

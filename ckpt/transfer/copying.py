@@ -28,8 +28,8 @@ from ckpt_formats.native.node_folders import NodeFolders, folders_of, missing_te
 from ckpt_formats.native.reader import is_native, load_page, read_root, require_size
 from ckpt_formats.native.regions import ChunkTable, Segment
 from ckpt_formats.native.root import MAX_SIZE, PageFile, Root, decode
-from ckpt_formats.remote import is_url
 from ckpt_formats.sources import ByteSource, open_source, read_small
+from ckpt_formats.urls import is_url
 
 BUFFERS = 3
 """Buffers of a copy: while one is written, the next is read and checked."""

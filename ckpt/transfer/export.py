@@ -28,9 +28,9 @@ from ckpt_formats.errors import (
     UnsupportedValueError,
 )
 from ckpt_formats.geometry import Box
-from ckpt_formats.remote import folder_of
 from ckpt_formats.renaming import Rename
 from ckpt_formats.safetensors_file import FileLayout
+from ckpt_formats.urls import folder_of
 
 __all__ = ["SHARD", "ExportResult", "export"]
 

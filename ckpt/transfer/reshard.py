@@ -31,8 +31,8 @@ from ckpt_formats.layout import Layout, Mesh, Resolved
 from ckpt_formats.layout.applying import resolve
 from ckpt_formats.manifest import RANK_PREFIX, RESERVED_PREFIX, Manifest
 from ckpt_formats.native import names
-from ckpt_formats.remote import folder_of
 from ckpt_formats.renaming import Rename
+from ckpt_formats.urls import folder_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ import click
 
 from ckpt_cli.output import Column, Output, age_text, json_option, print_json, size_text
 from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError
-from ckpt_formats.remote import is_url
 from ckpt_formats.runs import Found, State, find_checkpoints
+from ckpt_formats.urls import is_url
 
 _STYLES = {
     State.WHOLE: "green",

@@ -27,9 +27,9 @@ from ckpt_formats.manifest import BLOB_PREFIX, Manifest, TensorMeta, rank_blob
 from ckpt_formats.native.node_folders import root_folder
 from ckpt_formats.native.reader import open_native
 from ckpt_formats.reading import Reader, ReadStats, Request
-from ckpt_formats.remote import tidy
 from ckpt_formats.renaming import Rename, renamed
 from ckpt_formats.selecting import selected
+from ckpt_formats.urls import tidy
 from ckpt_formats.values.tree import brief
 
 Index = int | slice | EllipsisType

@@ -16,9 +16,9 @@ from ckpt_formats.errors import CorruptionError, FactsError, FormatError, StoreE
 from ckpt_formats.json_text import parse_json, to_json
 from ckpt_formats.native import names
 from ckpt_formats.native.node_folders import folders_of
-from ckpt_formats.remote import tidy
 from ckpt_formats.sealed import is_whole, seal
 from ckpt_formats.sources import read_small
+from ckpt_formats.urls import tidy
 from ckpt_formats.values.tree import brief
 
 __all__ = ["Facts", "decode", "encode", "read_facts"]

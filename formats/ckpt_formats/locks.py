@@ -18,8 +18,8 @@ from typing import Protocol
 from ckpt_formats import leases
 from ckpt_formats.errors import CheckpointNotFoundError
 from ckpt_formats.native import names
-from ckpt_formats.remote import is_url
 from ckpt_formats.sources import open_plain
+from ckpt_formats.urls import is_url
 
 __all__ = ["Hold", "alone", "held", "hold"]
 

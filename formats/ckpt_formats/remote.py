@@ -10,29 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import random
-import re
-import ssl
-import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from ckpt_formats.backends import Backend, backend_of, brief, configure, final_error, response
 from ckpt_formats.errors import CorruptionError, StoreError
-from ckpt_formats.plain_http import (
-    CONNECT_TIMEOUT_S,
-    EXPIRES_S,
-    READ_TIMEOUT_S,
-    RECEIVED,
-    REPLACED,
-    Answer,
-    PlainHttp,
-)
+from ckpt_formats.plain_http import RECEIVED, REPLACED, Answer, PlainHttp
+from ckpt_formats.urls import normal
 
-__all__ = ["PAUSES_S", "Entry", "RemoteFile", "Store", "configure", "folder_of", "is_url", "normal", "response", "tidy"]
+__all__ = ["PAUSES_S", "Entry", "RemoteFile", "Store", "configure", "response"]
 
 T = TypeVar("T")
 
@@ -42,64 +31,12 @@ REQUEST_TIMEOUT_S = 120.0
 """Seconds that an operation of one request may take; it moves a few MiB at most."""
 LIST_TIMEOUT_S = 600.0
 """Seconds that a listing may take, which is a request per thousand objects."""
-CONNECTIONS = 32
-"""Most connections to one S3 endpoint."""
 FIRST = 8 << 20
 """Bytes of a manifest and the like that are asked for at once."""
 PIECE = 4 << 20
 """Bytes that a RemoteFile asks fsspec for at once, which has them in memory twice before they get to their place."""
-DETOUR_S = 60.0
-"""Seconds for which plain HTTP is left alone after it was refused what fsspec then got."""
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_LOCAL = ("file", "local")
-_PACKAGES = {"s3": "anyckpt[s3]", "s3a": "anyckpt[s3]", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
-_BAD_CREDENTIALS = {
-    "AuthorizationHeaderMalformed",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-}
-_AGAIN = {404, 408, 409, 412, 425, 429}
-"""Statuses of the 400s after which the same request may succeed, or that say what is there."""
 _BUGS = (AssertionError, AttributeError, MemoryError, NameError, NotImplementedError, RecursionError, TypeError)
-
-
-def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a place in a store: a URL of any scheme but file:// and local://."""
-    match = _SCHEME.match(os.fspath(path))
-    return match is not None and match.group(1).lower() not in _LOCAL
-
-
-def tidy(path: str | os.PathLike[str]) -> str:
-    """A path as it is, a file:// URL as a path, any other URL without slashes at its end."""
-    text = os.fspath(path)
-    match = _SCHEME.match(text)
-    if match is None:
-        return text
-    if match.group(1).lower() in _LOCAL:
-        return text[match.end() :]
-    return match.group(0).lower() + text[match.end() :].rstrip("/")
-
-
-def normal(path: str | os.PathLike[str]) -> str:
-    """The same, with paths made absolute."""
-    text = tidy(path)
-    return text if is_url(text) else os.path.abspath(text)
-
-
-def folder_of(path: str | os.PathLike[str]) -> str:
-    """The same of what has to be a folder. Raises StoreError for a URL."""
-    text = normal(path)
-    if is_url(text):
-        raise StoreError(
-            f"{text}: a checkpoint is written to a folder first, and goes to a store from there; write it to a folder, "
-            "then use `ckpt copy`, or tiers=[ckpt.Remote(URL)] of a Checkpointer",
-            path=text,
-        )
-    return text
 
 
 class Entry(NamedTuple):
@@ -111,44 +48,6 @@ class Entry(NamedTuple):
     folder: bool
     modified: float | None
     """Seconds since the epoch by the store's clock; None where the store does not say."""
-
-
-_options: dict[str, dict[str, Any]] = {}
-_backends: dict[tuple[int, str, str], _Backend] = {}
-_lock = threading.Lock()
-
-
-def configure(url: str, options: Mapping[str, Any]) -> None:
-    """Use these options of fsspec's file system, such as {"endpoint_url": …}, for all below a URL, in this process."""
-    at = normal(url)
-    with _lock:
-        _options[at] = dict(options)
-        dropped = [_backends.pop(key) for key in list(_backends) if key[2] == at]
-    for backend in dropped:
-        backend.close()
-
-
-class _Backend:
-    """How the objects of a store are reached: by fsspec's file system, and where that can be done by plain HTTP."""
-
-    def __init__(self, url: str, scheme: str, options: Mapping[str, Any]) -> None:
-        self.system = _make(url, scheme, options)
-        sign = _signer(self.system, scheme, options)
-        self._plain = None if sign is None else PlainHttp(sign, partial(_tls, self.system))
-        self._detour = 0.0
-
-    @property
-    def plain(self) -> PlainHttp | None:
-        """None where it can't be used, or was refused just now."""
-        return self._plain if time.monotonic() >= self._detour else None
-
-    def refused(self) -> None:
-        """Plain HTTP was refused what fsspec then got: leave it alone for a while."""
-        self._detour = time.monotonic() + DETOUR_S
-
-    def close(self) -> None:
-        if self._plain is not None:
-            self._plain.close()
 
 
 class Store:
@@ -172,16 +71,9 @@ class Store:
         self.limit = limit
 
     @property
-    def backend(self) -> _Backend:
+    def backend(self) -> Backend:
         """How this process reaches it."""
-        with _lock:
-            found = max((at for at in _options if _below(self.url, at)), key=len, default="")
-            # connections do not survive a fork
-            key = (os.getpid(), self.scheme, found)
-            backend = _backends.get(key)
-            if backend is None:
-                backend = _backends[key] = _Backend(self.url, self.scheme, _options.get(found, {}))
-            return backend
+        return backend_of(self.url)
 
     @property
     def system(self) -> Any:
@@ -206,13 +98,13 @@ class Store:
             except _BUGS:
                 raise
             except Exception as error:  # each library behind fsspec has errors of its own
-                final = _final(error, url)
+                final = final_error(error, url)
                 if final is None and isinstance(error, (FileNotFoundError, FileExistsError)):
                     raise
                 if final is None and pause is None:
                     final = StoreError(
                         f"{url}: the store does not answer as it should, also after {len(pauses)} attempts "
-                        f"({_brief(error)}); check that its endpoint is up and can be reached from here",
+                        f"({brief(error)}); check that its endpoint is up and can be reached from here",
                         path=url,
                     )
                 if final is not None:
@@ -370,84 +262,6 @@ class RemoteFile:
         pass
 
 
-def _below(url: str, prefix: str) -> bool:
-    return url == prefix or url.startswith(prefix.rstrip("/") + "/")
-
-
-def _make(url: str, scheme: str, options: Mapping[str, Any]) -> Any:
-    """The file system for a scheme, without retries and caches of its own: a stale listing would hide a checkpoint."""
-    try:
-        import fsspec
-        from fsspec.config import conf
-
-        settings: dict[str, Any] = {**conf.get(scheme, {}), **options}
-        settings["use_listings_cache"] = False
-        settings["skip_instance_cache"] = True
-        if scheme in ("s3", "s3a"):
-            settings["config_kwargs"] = {
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "read_timeout": READ_TIMEOUT_S,
-                "max_pool_connections": CONNECTIONS,
-                "retries": {"mode": "standard", "total_max_attempts": 1},
-                # what is read is verified by whoever reads it, and some stores answer with checksums of former bytes
-                "response_checksum_validation": "when_required",
-                **settings.get("config_kwargs", {}),
-            }
-        system = fsspec.filesystem(scheme, **settings)
-    except ImportError as error:
-        package = _PACKAGES.get(scheme, f"what fsspec needs for {scheme}://")
-        why = f"{url}: {scheme}:// needs a package that is missing; pip install '{package}'"
-        raise StoreError(why, path=url) from error
-    except ValueError as error:
-        raise StoreError(f"{url}: the URL or its options are wrong ({_brief(error)})", path=url) from error
-    if scheme in ("s3", "s3a"):
-        system.retries = 1
-    return system
-
-
-def _signer(system: Any, scheme: str, options: Mapping[str, Any]) -> Callable[[str], str] | None:
-    """What makes a URL, good for EXPIRES_S, of an object's name; None where plain HTTP would not do as fsspec does."""
-    if scheme in ("http", "https"):
-        from fsspec.config import conf
-
-        return None if options or conf.get(scheme) else str
-    if scheme not in ("s3", "s3a"):
-        return None
-    # what goes with every request, and other ways to the server
-    if system.s3_additional_kwargs or system.req_kw or system.version_aware:
-        return None
-    if {"proxies", "proxies_config", "client_cert"} & set(system.config_kwargs):
-        return None
-
-    def sign(key: str) -> str:
-        from fsspec.asyn import sync
-
-        sync(system.loop, system.set_session, timeout=READ_TIMEOUT_S)
-        client = sync(system.loop, system.get_s3, system.split_path(key)[0], timeout=READ_TIMEOUT_S)
-        # by default URLs are signed in a way that newer buckets do not take
-        client.meta.events.register_first("choose-signer.s3.GetObject", _by_version_4, unique_id="anyckpt")
-        return str(sync(system.loop, system._url, key, expires=EXPIRES_S, timeout=READ_TIMEOUT_S))
-
-    return sign
-
-
-def _by_version_4(signature_version: Any, **_: Any) -> str | None:
-    """Keep what is about to be replaced by a former version."""
-    return "s3v4-query" if signature_version in ("v4-query", "s3v4-query") else None
-
-
-def _tls(system: Any) -> ssl.SSLContext:
-    """What https:// is connected with, by the options of S3's file system."""
-    verify = getattr(system, "client_kwargs", {}).get("verify")
-    if verify is None and getattr(system, "session", None) is not None:
-        verify = system.session.get_config_variable("ca_bundle")
-    context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
-    if verify is False:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
 def _entries(key: str, infos: Any) -> list[Entry]:
     prefix = key.strip("/") + "/"
     entries = []
@@ -473,54 +287,3 @@ def _modified(info: Mapping[str, Any]) -> float | None:
         if isinstance(value, (int, float)):
             return float(value)
     return None
-
-
-def _final(error: Exception, url: str) -> StoreError | None:
-    """What an error means if trying again can't help, else None."""
-    bucket = "/".join(url.split("/")[:3])
-    status, code, message = response(error)
-    kind = {item.__name__ for item in type(error).__mro__}
-    if isinstance(error, StoreError):
-        return error
-    if code == "NoSuchBucket":
-        why = f"{bucket}: the store has no such bucket; create it, or correct the URL"
-    elif kind & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}:
-        why = (
-            f"{bucket}: no credentials for the store were found ({_brief(error)}); set those that its library reads, "
-            "for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
-        )
-    elif code in _BAD_CREDENTIALS:
-        why = f"{bucket}: the store does not accept the credentials ({code}: {message}); correct them"
-    elif status in (401, 403) or isinstance(error, PermissionError):
-        why = (
-            f"{url}: the store denies access ({code or _brief(error)}); check the credentials, and that they may read, "
-            "write, list and delete there"
-        )
-    elif status is not None and (300 <= status < 500 or status == 501) and status not in _AGAIN:
-        why = f"{url}: the store refuses the request ({code}: {message}); check the URL, region and endpoint"
-    elif kind & {"ParamValidationError", "NoRegionError", "InvalidRegionError"} or isinstance(error, ValueError):
-        why = f"{url}: the URL, or the configuration of the store, is wrong ({_brief(error)})"
-    else:
-        return None
-    return StoreError(why, path=url)
-
-
-def response(error: BaseException | None) -> tuple[int | None, str, str]:
-    """Status, code and message of the store's answer that an error stands for."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict) and isinstance(response.get("Error"), dict):
-            code = str(response["Error"].get("Code", ""))
-            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if status is None and code.isdecimal():
-                status = int(code)
-            return status, code, str(response["Error"].get("Message", ""))
-        if type(error).__name__ == "ClientResponseError":  # aiohttp's, of web servers
-            return int(error.status), str(error.status), str(error.message)  # type: ignore[attr-defined]
-        error = error.__cause__
-    return None, "", ""
-
-
-def _brief(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "…"

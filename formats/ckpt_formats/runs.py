@@ -21,7 +21,8 @@ from ckpt_formats.native import names
 from ckpt_formats.native.node_folders import NODE, NodeFolders, folders_of, missing_text, root_folder
 from ckpt_formats.native.reader import read_root
 from ckpt_formats.native.root import Root
-from ckpt_formats.remote import Store, is_url, tidy
+from ckpt_formats.remote import Store
+from ckpt_formats.urls import is_url, tidy
 
 __all__ = ["Found", "State", "find_checkpoints"]
 

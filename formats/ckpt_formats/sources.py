@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import Protocol, TypeGuard
 
 from ckpt_formats.errors import CorruptionError
-from ckpt_formats.remote import RemoteFile, Store, is_url
+from ckpt_formats.remote import RemoteFile, Store
+from ckpt_formats.urls import is_url
 
 PAGE = mmap.PAGESIZE
 
@@ -209,3 +210,21 @@ def read_small(path: str, limit: int) -> bytes | None:
     fd = open_plain(path)
     with open(fd, "rb") as stream:
         return None if os.fstat(fd).st_size > limit else stream.read()
+
+
+class InMemory:
+    """A byte source of bytes that were read before, those from `origin` on."""
+
+    def __init__(self, name: str, data: memoryview, origin: int = 0) -> None:
+        self.name = name
+        self._data = data
+        self._origin = origin
+
+    def size(self) -> int:
+        return self._origin + len(self._data)
+
+    def read(self, start: int, stop: int, into: memoryview) -> None:
+        into[: stop - start] = self._data[start - self._origin : stop - self._origin]
+
+    def close(self) -> None:
+        pass

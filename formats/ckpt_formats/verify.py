@@ -13,15 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
-from ckpt_formats.codecs import RAW, require_known, word_size
-from ckpt_formats.digest import Hasher, digest, hexdigest
-from ckpt_formats.encoded import EncodedChunk, damaged_blocks
+from ckpt_formats.codecs import require_known
+from ckpt_formats.damage import Damage, Debris, VerifyReport, in_order, reason, unreadable
+from ckpt_formats.digest import hexdigest
 from ckpt_formats.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -36,77 +35,24 @@ from ckpt_formats.geometry import Box, check_cover
 from ckpt_formats.leases import is_lease
 from ckpt_formats.locks import hold
 from ckpt_formats.manifest import RANK_PREFIX
-from ckpt_formats.native import names
+from ckpt_formats.native import names, spans
 from ckpt_formats.native.index import IndexRows
 from ckpt_formats.native.node_folders import NodeFolders, root_folder
 from ckpt_formats.native.reader import load_page, read_root
-from ckpt_formats.native.regions import ChunkAt, ChunkTable, Segment, disagreements
+from ckpt_formats.native.regions import ChunkTable, disagreements
 from ckpt_formats.native.root import DataFile, Root
-from ckpt_formats.remote import Store, is_url, tidy
+from ckpt_formats.remote import Store
 from ckpt_formats.safetensors_file import MAX_HEADER, Entry, parse_header
-from ckpt_formats.sources import ByteSource, open_source
+from ckpt_formats.sources import ByteSource, InMemory, open_source
+from ckpt_formats.urls import is_url, tidy
 
 __all__ = ["Damage", "Debris", "VerifyReport", "verify"]
 
-SPAN = 8 << 20
-"""Bytes that a thread reads at once, and the size of its buffer."""
 STORE_THREADS = 8
 """How many read from a store, where each waits for answers."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes checked so far and bytes in all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """One place where a checkpoint is not what was written."""
-
-    file: str
-    """Path of the file, relative to the checkpoint's folder."""
-    what: str
-    """What is wrong with these bytes, as the rest of a sentence that begins with them."""
-    start: int | None = None
-    """First byte in the file; None when it is about the file as a whole."""
-    stop: int | None = None
-    """The byte after the last one."""
-    tensor: str | None = None
-    """Name of the tensor whose bytes they are, if they are some tensor's."""
-    box: Box | None = None
-    """The chunk's box in that tensor."""
-
-
-class Debris(NamedTuple):
-    """A file in the checkpoint's folder that it does not list: left by an attempt that failed, or foreign."""
-
-    path: str
-    size: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """What `verify` found."""
-
-    path: str
-    """The checkpoint's folder."""
-    step: int | None
-    """The training step it is of; None also when the manifest is damaged."""
-    files: int
-    """Files that the checkpoint lists, its manifest included."""
-    tensors: int
-    """Tensors whose chunks were checked to cover them, the format's own included."""
-    chunks: int
-    """Chunks that the readable part of the index lists."""
-    bytes: int
-    """Bytes that were read and checked."""
-    seconds: float
-    damage: Sequence[Damage]
-    """Everything that is wrong, file by file, in order of position."""
-    debris: Sequence[Debris]
-    """Not damage: a reader ignores these files."""
-
-    @property
-    def intact(self) -> bool:
-        return not self.damage
 
 
 def verify(
@@ -136,16 +82,6 @@ def _threads() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-class _Task(NamedTuple):
-    """Segments of one file without gaps between them, together no longer than SPAN unless it is a single one."""
-
-    file: DataFile
-    source: ByteSource
-    available: int
-    """Bytes that the file really has."""
-    segments: list[Segment]
-
-
 class _Verification:
     """One call of `verify`."""
 
@@ -155,8 +91,6 @@ class _Verification:
         self._progress = progress
         self._threads = threads
         self._damage: list[Damage] = []
-        self._local = threading.local()
-        self._block_size = 0
         self._done = 0
         self._total = 0
 
@@ -175,11 +109,11 @@ class _Verification:
     def _run(self) -> VerifyReport:
         begin = time.perf_counter()
         root = self._read_root()
+        listed = [names.MANIFEST]
         tensors = chunks = 0
         debris: list[Debris] = []
         if root is not None:
             self._where = NodeFolders(self._path, self._folder, root.layout)
-            self._block_size = root.block_size
             self._total += sum(page.size for page in root.pages) + sum(file.size for file in root.files)
             pages = [self._read_page(root, number) for number in range(len(root.pages))]
             tensors = self._check_coverage(root, pages)
@@ -187,16 +121,17 @@ class _Verification:
             chunks = table.count
             self._check_files(root, table)
             self._check_values(root)
-            debris = list(self._find_debris(root))
+            listed += [*(page.path for page in root.pages), *(file.path for file in root.files)]
+            debris = list(self._find_debris(listed))
         return VerifyReport(
             path=self._path,
             step=root.step if root else None,
-            files=1 + len(root.files) + len(root.pages) if root else 1,
+            files=len(listed),
             tensors=tensors,
             chunks=chunks,
             bytes=self._done,
             seconds=time.perf_counter() - begin,
-            damage=self._in_order(root),
+            damage=in_order(self._damage, listed),
             debris=debris,
         )
 
@@ -218,7 +153,7 @@ class _Verification:
         except (CheckpointNotFoundError, UnknownVersionError, UnknownDtypeError):
             raise
         except (CorruptionError, FormatError) as error:
-            what = f"{_reason(error, file)} (nothing else of the checkpoint can be checked without it)"
+            what = f"{reason(error, file)} (nothing else of the checkpoint can be checked without it)"
             self._report(Damage(names.MANIFEST, what))
             return None
         self._total = size
@@ -269,11 +204,11 @@ class _Verification:
                     if stop <= len(data) and hexdigest(data[start:stop]) != expected:
                         self._report(Damage(page.path, "does not fit its checksum", start, stop))
                 if len(self._damage) == reported:
-                    rows = load_page(self._folder, root, number, lambda name: _InMemory(name, data))
+                    rows = load_page(self._folder, root, number, lambda name: InMemory(name, data))
             except CorruptionError as error:
-                self._report(Damage(page.path, _unreadable(error)))
+                self._report(Damage(page.path, unreadable(error)))
             except FormatError as error:
-                self._report(Damage(page.path, _reason(error, source.name)))
+                self._report(Damage(page.path, reason(error, source.name)))
             finally:
                 source.close()
             self._advance(len(data))
@@ -340,18 +275,18 @@ class _Verification:
         except (CheckpointError, ValueError, RecursionError) as error:
             self._report(Damage(names.MANIFEST, f"the value {what!r} does not decode: {error}"))
 
-    def _find_debris(self, root: Root) -> Iterator[Debris]:
-        listed = {names.MANIFEST, names.FACTS, *(file.path for file in root.files), *(page.path for page in root.pages)}
+    def _find_debris(self, listed: Sequence[str]) -> Iterator[Debris]:
+        known = {*listed, names.FACTS}
         if is_url(self._folder):
             for entry in Store(self._folder).walk(self._folder):
-                if entry.name not in listed and not is_lease(entry.name):
+                if entry.name not in known and not is_lease(entry.name):
                     yield Debris(entry.name, entry.size)
             return
         for folder, _, files in os.walk(self._folder):
             for file in sorted(files):
                 path = os.path.join(folder, file)
                 relative = os.path.relpath(path, self._folder)
-                if relative not in listed:
+                if relative not in known:
                     try:
                         yield Debris(relative, os.lstat(path).st_size)
                     except OSError:
@@ -360,49 +295,50 @@ class _Verification:
     # data files
 
     def _check_files(self, root: Root, table: ChunkTable) -> None:
-        waiting: deque[tuple[_Task, Future[list[Damage]]]] = deque()
+        waiting: deque[tuple[spans.Span, Future[list[Damage]]]] = deque()
+        local = threading.local()
+
+        def run(span: spans.Span) -> list[Damage]:
+            if not hasattr(local, "buffer"):
+                local.buffer = memoryview(bytearray(spans.SPAN))
+            return spans.check(span, local.buffer)
 
         def collect() -> None:
-            task, future = waiting.popleft()
+            span, future = waiting.popleft()
             self._damage.extend(future.result())
-            self._advance(sum(min(s.stop, task.available) - min(s.start, task.available) for s in task.segments))
-            if not waiting or waiting[0][0].source is not task.source:
-                task.source.close()  # a later read would open it again
+            self._advance(span.there)
+            if not waiting or waiting[0][0].source is not span.source:
+                span.source.close()  # a later read would open it again
 
         with ThreadPoolExecutor(self._threads, thread_name_prefix="ckpt-verify") as pool:
             try:
-                for number, file in enumerate(root.files):
-                    for task in self._tasks(file, table.of_file(number), table):
-                        waiting.append((task, pool.submit(self._check, task)))
+                for number in range(len(root.files)):
+                    for span in self._spans(root, number, table):
+                        waiting.append((span, pool.submit(run, span)))
                         if len(waiting) > 2 * self._threads:
                             collect()
                 while waiting:
                     collect()
             finally:
-                for task, future in waiting:
+                for span, future in waiting:
                     future.cancel()
-                    task.source.close()
+                    span.source.close()
 
-    def _tasks(self, file: DataFile, chunks: list[ChunkAt], table: ChunkTable) -> Iterator[_Task]:
-        """Check a file's size and header; what is left to do for its bytes."""
+    def _spans(self, root: Root, number: int, table: ChunkTable) -> Iterator[spans.Span]:
+        """Check a file's size and header; its bytes, which are left to check."""
+        file, chunks = root.files[number], table.of_file(number)
         available = self._size(file.path, file.size)
         if available is None:
             for chunk in chunks:
-                self._report(_damage(file.path, "is lost with its file", chunk.start, chunk.stop, chunk))
+                self._report(spans.damage_at(file.path, "is lost with its file", chunk.start, chunk.stop, chunk))
             return
         source = open_source(self._where.find(file.path))
         entries = self._read_header(file, source, available)
         if entries is not None:
             for found in disagreements(entries, chunks, complete=table.complete):
-                self._report(_damage(file.path, *found))
-        run: list[Segment] = []
-        for segment in table.segments(file, chunks, entries):
-            if run and (segment.start != run[-1].stop or segment.stop - run[0].start > SPAN):
-                yield _Task(file, source, available, run)
-                run = []
-            run.append(segment)
-        if run:
-            yield _Task(file, source, available, run)
+                self._report(spans.damage_at(file.path, *found))
+        segments = table.segments(file, chunks, entries)
+        yield from spans.cut(file.path, source, available, root.block_size, segments)
 
     def _read_header(self, file: DataFile, source: ByteSource, available: int) -> list[Entry] | None:
         """The entries of a file whose header is as it was written, else None, and reported."""
@@ -419,7 +355,7 @@ class _Verification:
         try:
             source.read(0, file.header, data)
         except CorruptionError as error:
-            bad(f"the header {_unreadable(error)}")
+            bad(f"the header {unreadable(error)}")
             return None
         self._advance(file.header)
         if hexdigest(data) != file.digest:
@@ -428,143 +364,9 @@ class _Verification:
         try:
             entries = parse_header(data, file.size, source.name)
         except FormatError as error:
-            bad(f"the header is wrong: {_reason(error, source.name)}")
+            bad(f"the header is wrong: {reason(error, source.name)}")
             return None
         if 8 + int.from_bytes(data[:8], "little") != file.header:
             bad("the header has not the length that the manifest says")
             return None
         return entries
-
-    def _check(self, task: _Task) -> list[Damage]:
-        """Read and check a task's segments; runs in a thread of the pool, touches nothing shared."""
-        segments = task.segments
-        start, stop = segments[0].start, segments[-1].stop
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None:
-            buffer = self._local.buffer = memoryview(bytearray(SPAN))
-        together = stop - start <= SPAN and stop <= task.available
-        if together:
-            try:
-                task.source.read(start, stop, buffer[: stop - start])
-            except CorruptionError:
-                together = False  # perhaps only a part of it can't be read
-        found: list[Damage] = []
-        for segment in segments:
-            if segment.chunk is not None and segment.chunk.codec != RAW:
-                whole = buffer[segment.start - start : segment.stop - start] if together else None
-                found.extend(self._check_encoded(task, segment.chunk, whole))
-                continue
-            if together:
-                data = buffer[segment.start - start : segment.stop - start]
-                what = None if _fits(data, segment.digest) else _misfit(segment)
-            else:
-                what = _check_alone(task, segment, buffer)
-            if what is not None:
-                found.append(_damage(task.file.path, what, segment.start, segment.stop, segment.chunk))
-        return found
-
-    def _check_encoded(self, task: _Task, chunk: ChunkAt, whole: memoryview | None) -> Iterator[Damage]:
-        """What is wrong with a chunk that has a codec; `whole` are its stored bytes if they were read before."""
-        path = task.file.path
-        if chunk.stop > task.available:
-            what = f"is missing: the file ends at byte {task.available}"
-            yield _damage(path, what, chunk.start, chunk.stop, chunk)
-            return
-        nbytes = chunk.box.numel * chunk.meta.dtype.itemsize
-        word = word_size(chunk.meta.dtype)
-        stored = EncodedChunk(chunk.start, chunk.stop - chunk.start, nbytes, self._block_size, word)
-        first = int(chunk.rows.block[chunk.row])
-        if first < 0:
-            digests = chunk.rows.digest[chunk.row : chunk.row + 1]
-        else:
-            digests = chunk.rows.block_digest[first : first + stored.blocks]
-        source = task.source if whole is None else _InMemory(task.source.name, whole, chunk.start)
-        for start, stop, error in damaged_blocks(source, stored, digests, SPAN):
-            what = _unreadable(error) if isinstance(error, CorruptionError) else f"can't be decoded: {error}"
-            yield _damage(path, what, start, stop, chunk)
-
-    # the report
-
-    def _in_order(self, root: Root | None) -> list[Damage]:
-        """Damage by file and position; neighbouring blocks of one chunk with the same complaint made one."""
-        listed = [*(page.path for page in root.pages), *(file.path for file in root.files)] if root else []
-        position = {path: number for number, path in enumerate(listed, 1)}
-        ordered: list[Damage] = []
-        for damage in sorted(self._damage, key=lambda d: (position.get(d.file, 0), -1 if d.start is None else d.start)):
-            last = ordered[-1] if ordered else None
-            if (
-                last is not None
-                and last.stop is not None
-                and last.stop == damage.start
-                and damage.tensor is not None
-                and (last.file, last.what, last.tensor, last.box)
-                == (damage.file, damage.what, damage.tensor, damage.box)
-            ):
-                ordered[-1] = replace(last, stop=damage.stop)
-            else:
-                ordered.append(damage)
-        return ordered
-
-
-class _InMemory:
-    """A byte source of bytes that were read before, those from `origin` on."""
-
-    def __init__(self, name: str, data: memoryview, origin: int = 0) -> None:
-        self.name = name
-        self._data = data
-        self._origin = origin
-
-    def size(self) -> int:
-        return self._origin + len(self._data)
-
-    def read(self, start: int, stop: int, into: memoryview) -> None:
-        into[: stop - start] = self._data[start - self._origin : stop - self._origin]
-
-    def close(self) -> None:
-        pass
-
-
-def _fits(data: memoryview, expected: bytes | None) -> bool:
-    if expected is None:
-        return not np.frombuffer(data, np.uint8).any()
-    return digest(data) == expected
-
-
-def _misfit(segment: Segment) -> str:
-    return "is padding, but not all zero" if segment.digest is None else "does not fit its checksum"
-
-
-def _check_alone(task: _Task, segment: Segment, buffer: memoryview) -> str | None:
-    """What is wrong with a segment that is too large to be read at once, or could not be read with its neighbours."""
-    if segment.stop > task.available:
-        return None if segment.chunk is None else f"is missing: the file ends at byte {task.available}"
-    hasher = Hasher()
-    zero = True
-    for start in range(segment.start, segment.stop, len(buffer)):
-        data = buffer[: min(len(buffer), segment.stop - start)]
-        try:
-            task.source.read(start, start + len(data), data)
-        except CorruptionError as error:
-            return _unreadable(error)
-        if segment.digest is None:
-            zero = zero and _fits(data, None)
-        else:
-            hasher.update(data)
-    fits = zero if segment.digest is None else hasher.digest() == segment.digest
-    return None if fits else _misfit(segment)
-
-
-def _damage(file: str, what: str, start: int, stop: int, chunk: ChunkAt | None) -> Damage:
-    if chunk is None:
-        return Damage(file, what, start, stop)
-    return Damage(file, what, start, stop, chunk.meta.name, chunk.box)
-
-
-def _unreadable(error: CorruptionError) -> str:
-    cause = error.__cause__
-    return f"can't be read ({cause.strerror})" if isinstance(cause, OSError) else "ends too early"
-
-
-def _reason(error: CheckpointError, name: str) -> str:
-    """An error's message without the name of the file that a Damage has anyway."""
-    return error.message.removeprefix(f"{name}: ")

@@ -14,6 +14,7 @@ import pytest
 from ckpt_formats import verify as module
 from ckpt_formats.errors import CheckpointNotFoundError, UnknownCodecError, UnknownVersionError
 from ckpt_formats.geometry import Box
+from ckpt_formats.native import spans
 from ckpt_formats.native.index import unpack
 from ckpt_formats.native.reader import read_root
 from ckpt_formats.safetensors_file import PAD_PREFIX, parse_header
@@ -127,7 +128,7 @@ def test_a_flipped_bit_is_found_where_it_is(checkpoint: Path, region: str) -> No
 def test_what_is_longer_than_a_buffer_is_checked_in_parts(
     checkpoint: Path, region: str, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SPAN", span)
+    monkeypatch.setattr(spans, "SPAN", span)
     assert verify(checkpoint).intact
     file, position, tensor = REGIONS[region](checkpoint)
     flip(checkpoint, file, position)
@@ -339,7 +340,7 @@ def test_per_rank_values_that_do_not_decode_are_damage(original: Path, tmp_path:
 
 
 def test_each_data_file_is_read_once_and_in_order(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SPAN", 1 << 20)
+    monkeypatch.setattr(spans, "SPAN", 1 << 20)
     reads: dict[str, list[tuple[int, int]]] = {}
 
     class Recorded(LocalFile):
@@ -364,7 +365,7 @@ def test_progress_ends_at_the_whole(checkpoint: Path) -> None:
 
 
 def test_many_threads_say_the_same_as_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SPAN", 4096)
+    monkeypatch.setattr(spans, "SPAN", 4096)
     for name in ("model.bias", "model.big", "model.flags", "model.scalar"):
         file, start, _ = place_of(checkpoint, name)
         flip(checkpoint, file, start)

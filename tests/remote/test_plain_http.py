@@ -18,7 +18,7 @@ import pytest
 import ckpt
 from ckpt.storage.objects import ObjectStore
 from ckpt.transfer.copy import copy
-from ckpt_formats import remote
+from ckpt_formats import backends
 from ckpt_formats.errors import CorruptionError, StoreError
 from ckpt_formats.plain_http import RECEIVED, PlainHttp
 from ckpt_formats.remote import RemoteFile, Store, configure
@@ -104,7 +104,7 @@ def test_a_url_that_is_denied_is_signed_anew(thing: str, proxy: Proxy) -> None:
 def test_an_expired_signature_does_not_stop_a_reader(
     rclone_port: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(remote, "EXPIRES_S", 1)
+    monkeypatch.setattr(backends, "EXPIRES_S", 1)
     folder = f"s3://shelf/{request.node.name}"
     configure(folder, options(rclone_port))
     url = f"{folder}/thing"

@@ -14,8 +14,9 @@ import ckpt
 from ckpt.storage import objects
 from ckpt.storage.objects import PART, ObjectStore
 from ckpt_formats.errors import StoreError
-from ckpt_formats.remote import configure, is_url, normal
+from ckpt_formats.remote import configure
 from ckpt_formats.runs import find_checkpoints
+from ckpt_formats.urls import is_url, normal
 from tests.cli.command import here
 from tests.remote.conftest import options
 from tests.remote.proxy import Proxy

@@ -15,7 +15,7 @@ from typing import Any
 
 from ckpt_formats.errors import CheckpointNotFoundError
 from ckpt_formats.native import names
-from ckpt_formats.remote import is_url
+from ckpt_formats.urls import is_url
 
 NODE = "{node}"
 """Stands in a path for the name of a node."""

@@ -19,8 +19,9 @@ from ckpt_formats.native.node_folders import NodeFolders, folders_of, missing_te
 from ckpt_formats.native.ranged import RangedPage
 from ckpt_formats.native.root import MAX_SIZE, Root, decode
 from ckpt_formats.native.row_checks import RowChecks
-from ckpt_formats.remote import Store, is_url, tidy
+from ckpt_formats.remote import Store
 from ckpt_formats.sources import ByteSource, on_device, open_source, read_small
+from ckpt_formats.urls import is_url, tidy
 
 
 def is_native(path: str) -> bool:

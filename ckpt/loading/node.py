@@ -8,7 +8,6 @@ are let in. Knows nothing of checkpoints.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import secrets
 import select
@@ -23,8 +22,7 @@ from typing import Self
 from ckpt.collective import Collective
 from ckpt_formats.digest import DIGEST_SIZE, digest
 from ckpt_formats.errors import RankError
-from ckpt_formats.memory import scratch
-from ckpt_formats.sources import PAGE
+from ckpt_formats.memory import scratch, shared
 
 NODE = "CKPT_NODE"
 """The environment variable that names a node; by default its host name does."""
@@ -45,20 +43,18 @@ class Mate:
     line: socket.socket
     memory: int
     """Descriptor of what it shares."""
-    said: int
-    """Bytes at the beginning of its memory that are what it said when ranks met."""
     size: int
-    """Bytes of memory that it shares behind that."""
+    """Bytes of it; behind them is what it said when ranks met."""
     received: bytearray = field(default_factory=bytearray)
     unsent: bytearray = field(default_factory=bytearray)
     finished: bool = False
-    mapped: mmap.mmap | None = None
+    mapped: memoryview | None = None
 
     def shared(self) -> memoryview:
-        """What it shares, behind what it said."""
+        """What it shares."""
         if self.mapped is None:
-            self.mapped = mmap.mmap(self.memory, self.size, offset=_pages(self.said))
-        return memoryview(self.mapped)
+            self.mapped = shared(self.memory, self.size)
+        return self.mapped
 
 
 class Node:
@@ -70,7 +66,7 @@ class Node:
         said: what each said when they met, by position.
     """
 
-    def __init__(self, index: int, mates: dict[int, Mate], said: list[bytes], own: mmap.mmap) -> None:
+    def __init__(self, index: int, mates: dict[int, Mate], said: list[bytes], own: memoryview) -> None:
         self.index = index
         self.mates = mates
         self.said = said
@@ -87,7 +83,7 @@ class Node:
 
     def own(self) -> memoryview:
         """The memory that this rank shares."""
-        return memoryview(self._own)
+        return self._own
 
     def send(self, to: int, kind: int, number: int, more: int = 0) -> None:
         """Tell another rank something short, when it is next listened to, or at `flush`."""
@@ -250,8 +246,9 @@ def _connect(listener: socket.socket, ranks: list[int], index: int, tokens: list
     lines: dict[int, socket.socket] = {}
     mates: dict[int, Mate] = {}
     try:
-        os.ftruncate(memory, _pages(len(say)) + size)
-        os.pwrite(memory, say, 0)
+        os.ftruncate(memory, size)
+        own = shared(memory, size, fresh=True)
+        os.pwrite(memory, say, size)
         for number in range(index):
             line = lines[number] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             line.settimeout(max(0.01, deadline - time.monotonic()))
@@ -275,10 +272,9 @@ def _connect(listener: socket.socket, ranks: list[int], index: int, tokens: list
             data, descriptors, _, _ = socket.recv_fds(line, _SIZES.size, 1)
             if len(data) != _SIZES.size or len(descriptors) != 1:
                 raise ConnectionError("the other end closed")
-            length, shared = _SIZES.unpack(data)
-            mates[number] = Mate(ranks[number], line, descriptors[0], length, shared)
-            said[number] = os.pread(descriptors[0], length, 0)
-        own = mmap.mmap(memory, size, offset=_pages(len(say)))
+            length, lent = _SIZES.unpack(data)
+            mates[number] = Mate(ranks[number], line, descriptors[0], lent)
+            said[number] = os.pread(descriptors[0], length, lent)
     except OSError:
         for line in lines.values():
             line.close()
@@ -300,7 +296,3 @@ def _exactly(line: socket.socket, count: int) -> bytes:
     if len(data) != count:
         raise ConnectionError("the other end closed")
     return data
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE) * PAGE

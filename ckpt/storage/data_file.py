@@ -13,7 +13,6 @@ the CPU time (benchmarks/save_load.py prints both).
 from __future__ import annotations
 
 import math
-import mmap
 import queue
 import threading
 from collections.abc import Sequence
@@ -79,18 +78,18 @@ class Staging:
 
     def __init__(self, count: int = BUFFERS, size: int = BUFFER) -> None:
         self.size = size
-        self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._unmade = count
 
-    def acquire(self) -> mmap.mmap:
+    def acquire(self) -> memoryview:
         """A buffer; waits for one to be released when all are in use."""
         with self._lock:
             makes = self._unmade > 0 and self._free.empty()
             self._unmade -= makes
         return scratch(self.size) if makes else self._free.get()
 
-    def release(self, buffer: mmap.mmap) -> None:
+    def release(self, buffer: memoryview) -> None:
         """Give a buffer back."""
         self._free.put(buffer)
 
@@ -157,7 +156,7 @@ class _Stream:
         self._base = base
         self._buffer = staging.acquire()
         self._held = True
-        self.window = memoryview(self._buffer)
+        self.window = self._buffer
         self.at = 0
         """Bytes of the window that are filled."""
 
@@ -187,12 +186,12 @@ class _Stream:
         self._base += self.at
         self._buffer = self._staging.acquire()
         self._held = True
-        self.window = memoryview(self._buffer)
+        self.window = self._buffer
         self.at = 0
 
-    def _write(self, buffer: mmap.mmap, base: int, length: int) -> None:
+    def _write(self, buffer: memoryview, base: int, length: int) -> None:
         try:
-            self._file.write(memoryview(buffer)[:length], base)
+            self._file.write(buffer[:length], base)
         finally:
             self._staging.release(buffer)
 

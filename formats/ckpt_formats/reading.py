@@ -15,7 +15,6 @@ When a place fails (unreadable, or bytes that do not fit their digest) the next 
 
 from __future__ import annotations
 
-import mmap
 import os
 import random
 import threading
@@ -398,21 +397,21 @@ class Staging:
     """
 
     def __init__(self, *, past_cache: bool = False) -> None:
-        self._buffer: mmap.mmap | None = None
-        self._stored: mmap.mmap | None = None
+        self._buffer: memoryview | None = None
+        self._stored: memoryview | None = None
         self.past_cache = past_cache
         self.stored_read = 0
 
     def view(self, size: int) -> memoryview:
         if self._buffer is None or len(self._buffer) < size:
             self._buffer = scratch(size)
-        return memoryview(self._buffer)[:size]
+        return self._buffer[:size]
 
     def stored(self, size: int) -> memoryview:
         """A second buffer, for what has yet to be decoded."""
         if self._stored is None or len(self._stored) < size:
             self._stored = scratch(size)
-        return memoryview(self._stored)[:size]
+        return self._stored[:size]
 
     def read(self, source: ByteSource, start: int, stop: int) -> memoryview:
         """The bytes start..stop of a source, in this memory. Raises CorruptionError."""

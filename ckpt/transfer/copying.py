@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import secrets
 from collections import deque
@@ -237,17 +236,17 @@ class Copying:
         self._files.rename(temporary, final)
         self.copied += size
 
-    def _windows(self, source: ByteSource, size: int) -> Iterator[tuple[int, mmap.mmap, int]]:
+    def _windows(self, source: ByteSource, size: int) -> Iterator[tuple[int, memoryview, int]]:
         """The bytes of a file in order: position, a buffer, which is the caller's to release, and how much is in it."""
         ahead = AHEAD if is_url(self._source) else 1
-        reading: deque[tuple[int, mmap.mmap, int, Future[None]]] = deque()
+        reading: deque[tuple[int, memoryview, int, Future[None]]] = deque()
         starts = iter(range(0, size, self._staging.size))
         with ThreadPoolExecutor(ahead, thread_name_prefix="ckpt-copy-read") as pool:
             try:
                 for start in starts:
                     buffer = self._staging.acquire()
                     stop = min(start + self._staging.size, size)
-                    window = memoryview(buffer)[: stop - start]
+                    window = buffer[: stop - start]
                     reading.append((start, buffer, stop - start, pool.submit(source.read, start, stop, window)))
                     if len(reading) == ahead:
                         yield self._next(reading)
@@ -258,7 +257,7 @@ class Copying:
                 for _, buffer, _, _ in reading:
                     self._staging.release(buffer)
 
-    def _next(self, reading: deque[tuple[int, mmap.mmap, int, Future[None]]]) -> tuple[int, mmap.mmap, int]:
+    def _next(self, reading: deque[tuple[int, memoryview, int, Future[None]]]) -> tuple[int, memoryview, int]:
         start, buffer, length, read = reading[0]
         read.result()
         reading.popleft()
@@ -269,7 +268,7 @@ class Copying:
         try:
             for start, buffer, length in self._windows(source, size):
                 try:
-                    check.update(memoryview(buffer)[:length])
+                    check.update(buffer[:length])
                 except BaseException:
                     self._staging.release(buffer)
                     raise
@@ -285,15 +284,14 @@ class Copying:
         if file.direct and size % ALIGNMENT:
             file.truncate(size)
 
-    def _write_window(self, file: File, buffer: mmap.mmap, at: int, length: int) -> None:
+    def _write_window(self, file: File, buffer: memoryview, at: int, length: int) -> None:
         """Write what is in a buffer, and give the buffer back."""
         try:
-            window = memoryview(buffer)
             if file.direct and length % ALIGNMENT:
                 padded = -(-length // ALIGNMENT) * ALIGNMENT
-                window[length:padded] = bytes(padded - length)
+                buffer[length:padded] = bytes(padded - length)
                 length = padded
-            file.write(window[:length], at)
+            file.write(buffer[:length], at)
         finally:
             self._staging.release(buffer)
 
@@ -308,7 +306,7 @@ class Copying:
             check = self._check(source, segments)
             for start, buffer, length in self._windows(source, size):
                 try:
-                    check.update(memoryview(buffer)[:length])
+                    check.update(buffer[:length])
                 finally:
                     self._staging.release(buffer)
                 self._report(start + length)
@@ -372,7 +370,7 @@ class Uploaded(Copying):
             with uploading.file(path, size, contents) as file:
                 for start, buffer, length in self._windows(source, size):
                     try:
-                        window = memoryview(buffer)[:length]
+                        window = buffer[:length]
                         check.update(window)
                         if start + length == size:
                             # before the last part goes: an object of a single part is there as soon as it is sent

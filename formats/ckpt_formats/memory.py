@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -43,13 +45,9 @@ def shared(fd: int, size: int, *, fresh: bool = False) -> memoryview:
     """
     # what is mapped over a part of other memory goes with it
     room, at = _room(size)
-    library = ctypes.CDLL(None, use_errno=True)
-    map_there = library.mmap
-    map_there.restype = ctypes.c_void_p
-    map_there.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_ssize_t]
     where = _address(room) + at
     protection = mmap.PROT_READ | mmap.PROT_WRITE
-    if map_there(where, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != where:
+    if _map()(where, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != where:
         raise OSError(ctypes.get_errno(), "memory can't be mapped")
     view = memoryview(room)[at : at + size]
     if fresh and size >= HUGE:
@@ -67,6 +65,15 @@ def _room(size: int) -> tuple[mmap.mmap, int]:
     """
     room = mmap.mmap(-1, -(-size // HUGE) * HUGE + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return room, -_address(room) % HUGE
+
+
+@cache
+def _map() -> Callable[..., int]:
+    """The C library's mmap, which can map at an address."""
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    function.restype = ctypes.c_void_p
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_ssize_t]
+    return function
 
 
 def _address(memory: mmap.mmap) -> int:

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PATIENCE = 3600.0
 """Seconds for which the agent stays for what is to be done after commits, when there is nothing else to stay for."""
@@ -60,6 +60,10 @@ class Aftermath:
         if first:
             # ends with the process, when that has waited long enough
             threading.Thread(target=self._run, name="ckpt-agent-after", daemon=True).start()
+
+    def status(self) -> dict[str, Any]:
+        """How far it is, for trainers that ask; empty when there is nothing to tell."""
+        return {}
 
     def finished(self) -> bool:
         """Whether the agent, which has nothing else to stay for, may end."""

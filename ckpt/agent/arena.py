@@ -10,6 +10,7 @@ checkpoints.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import mmap
 import os
@@ -88,7 +89,8 @@ class Arena:
 
     def remove(self) -> None:
         """Unlink the file; its memory is freed when the last process unmaps it."""
-        os.unlink(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
 
     def _gap(self, nbytes: int) -> int | None:
         """Where the first gap of so many bytes begins."""

@@ -25,7 +25,7 @@ from ckpt.agent.wire import SOCKET, Channel, Message, failure
 from ckpt.collective import Collective
 from ckpt.loading.node import NODE, boot
 from ckpt.storage.publish import Folder
-from ckpt_formats.errors import ConfigurationError, SaveFailedError
+from ckpt_formats.errors import ConfigurationError, RankError, SaveFailedError
 
 START = 60.0
 """Seconds within which an agent has to start."""
@@ -79,6 +79,7 @@ class AgentClient:
         # closed by the agent, or with it, when no further save can be begun
         self._watch = Channel.connect(address, ANSWER, self._name)
         self._watch.send({"op": "watch"})
+        self._asides: Channel | None = None
 
     @classmethod
     def join(
@@ -139,6 +140,8 @@ class AgentClient:
         """Whether saves can be begun: neither the agent of this node nor another has been lost. Never waits."""
         if self._channel.fileno() < 0:
             return False  # it did not answer once
+        if not os.path.exists(self.address):
+            return False  # its folder was removed, so that nobody else reaches it
         poll = select.poll()
         # an agent that dies hangs up on one connection after the other
         poll.register(self._channel.fileno(), select.POLLHUP)
@@ -276,10 +279,21 @@ class AgentClient:
         finally:
             channel.close()
 
+    def aftermath(self) -> Message:
+        """How far the agent is with what it does after commits; empty if it does nothing, or does not answer."""
+        try:
+            if self._asides is None or self._asides.fileno() < 0:
+                self._asides = Channel.connect(self.address, ANSWER, self._name)
+            return dict(self._asides.ask({"op": "aftermath"}, SILENCE)["aftermath"])
+        except RankError:
+            return {}
+
     def close(self) -> None:
         """Leave: the agent ends when all have left and everything is written."""
         self._channel.close()
         self._watch.close()
+        if self._asides is not None:
+            self._asides.close()
         # handles of saves refer to this, and would keep the memory
         self._arena = None
 
@@ -306,13 +320,14 @@ def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_
     try:
         with open(os.path.join(home, "log"), "wb") as log:
             process = subprocess.Popen(  # noqa: S603 - this interpreter, and arguments of our own
-                [sys.executable, "-m", module, "--home", home, "--ready", str(other_end), *arguments],
+                # -P: modules are found where this process finds them, not also in the folder where it happens to be
+                [sys.executable, "-P", "-m", module, "--home", home, "--ready", str(other_end), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
                 pass_fds=[other_end, lock, *keep_open],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
             )
         os.close(other_end)
         other_end = -1

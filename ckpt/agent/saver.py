@@ -114,6 +114,12 @@ class AsyncSaver:
         self._worker.do(done.set)
         return done.wait(timeout)
 
+    def prepare(self) -> CheckpointError | None:
+        """Wait until the memory that `start` has made in the background is there. Returns why there can't be any."""
+        if not self.prepared():
+            log.warning("memory for captures is not there yet: the first save will wait for it")
+        return self._slots.problem
+
     def _start_anew(self, group: Collective) -> AgentClient:
         """Some agent is lost: start new ones on all nodes; the old ones end when they have written what they can.
         Collective.

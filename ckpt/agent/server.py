@@ -6,12 +6,13 @@ agent ends when its trainers are gone and nothing is left to write or to be told
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -55,6 +56,8 @@ class Agent:
         """By path; those that were outgrown stay for as long as a save lies in them."""
         self._newest: dict[int, Arena] = {}
         """By rank."""
+        self._tight: set[int] = set()
+        """Ranks whose newest arena is smaller than it should be, for want of room."""
         self._making: dict[int, Future[None]] = {}
         """By rank: done when the arena that is being made for it is there, or can't be had."""
         self._trainers: set[int] = set()
@@ -113,6 +116,7 @@ class Agent:
             "captured": self._captured,
             "abandon": self._abandon,
             "wait": self._wait,
+            "aftermath": lambda _: {"aftermath": self._aftermath.status()},
         }
         try:
             while (message := channel.receive()) is not None:
@@ -205,13 +209,17 @@ class Agent:
                 making = self._making.get(rank)
                 if making is None:
                     arena = self._newest.get(rank)
-                    least = FEWEST * pages(nbytes)
-                    if arena is not None and (arena.size >= least if memory is None else arena.size == memory):
+                    if arena is not None and (
+                        arena.size >= (1 if rank in self._tight else FEWEST) * pages(nbytes)
+                        if memory is None
+                        else arena.size == memory
+                    ):
                         return arena
                     making = self._making[rank] = Future()
-                    size = CAPTURES * pages(nbytes) if memory is None else memory
+                    # where there is less room than that, saves wait for each other
+                    sizes = [n * pages(nbytes) for n in range(CAPTURES, 0, -1)] if memory is None else [memory]
                     make = threading.Thread(
-                        target=self._make, args=(rank, size, making), name="ckpt-arena", daemon=True
+                        target=self._make, args=(rank, sizes, making), name="ckpt-arena", daemon=True
                     )
                     make.start()
             try:
@@ -219,17 +227,20 @@ class Agent:
             except TimeoutError:
                 return None
 
-    def _make(self, rank: int, size: int, making: Future[None]) -> None:
-        """Make an arena, the rank's only one from now on; on a thread of its own."""
+    def _make(self, rank: int, sizes: Sequence[int], making: Future[None]) -> None:
+        """Make an arena, the rank's only one from now on, as large as the first of these sizes for which there is room;
+        on a thread of its own.
+        """
         with self._changed:
             self._arena_count += 1
             path = os.path.join(self._home, f"arena-{rank}-{self._arena_count}")
             outgrown = self._newest.get(rank)
         failed: BaseException | None = None
         try:
-            made = Arena(path, size)
+            made = _largest(path, sizes)
             with self._changed:
                 self._arenas[path] = self._newest[rank] = made
+                (self._tight.discard if made.size >= sizes[0] else self._tight.add)(rank)
             if outgrown is not None:
                 # unlinked, it lives until trainer and agent are done with what lies in it
                 outgrown.remove()
@@ -352,6 +363,15 @@ class Agent:
         with self._changed:
             if arena.idle and arena not in self._newest.values():
                 self._arenas.pop(arena.path, None)
+
+
+def _largest(path: str, sizes: Sequence[int]) -> Arena:
+    """An arena of the first of these sizes for which there is room. Raises SaveFailedError if there is for none."""
+    *larger, least = sizes
+    for size in larger:
+        with contextlib.suppress(SaveFailedError):
+            return Arena(path, size)
+    return Arena(path, least)
 
 
 def describe(contents: Contents) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from ckpt.agent.arena import PAGE
 from ckpt.agent.client import AgentClient, Slot
-from ckpt_formats.errors import CheckpointError, ConfigurationError, SaveFailedError
+from ckpt_formats.errors import CheckpointError, ConfigurationError, RankError, SaveFailedError
 
 SLOT_TIMEOUT = 600.0
 """Seconds that a save waits for an earlier one to be written before it fails."""
@@ -30,6 +30,8 @@ class Slots:
     def __init__(self, memory: int | None = None) -> None:
         """`memory`: see `declare`."""
         self.memory: int | None = None
+        self.problem: CheckpointError | None = None
+        """Why the memory that was to be reserved can't be had."""
         self._spare: Slot | None = None
         """For the next save, so that it need not ask. Put here by one thread, and taken by another one."""
         self.declare(memory)
@@ -51,9 +53,11 @@ class Slots:
             client.reserve(nbytes, self.memory)
             if self.memory is None:
                 self.take_ahead(client, nbytes)
+        except RankError as lost:
+            # the first save starts another agent
+            log.debug("memory for captures could not be made ahead: %s", lost)
         except CheckpointError as error:
-            # the first save will say so
-            log.debug("memory for captures could not be made ahead: %s", error)
+            self.problem = error
 
     def take_ahead(self, client: AgentClient, nbytes: int) -> None:
         """Take a slot for the next save, which will probably take as much, if one is free."""

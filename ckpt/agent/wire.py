@@ -92,6 +92,10 @@ class Channel:
             except OSError as error:
                 self.close()
                 raise gone(self.name, error) from error
+            except BaseException:
+                # an interrupt (Ctrl-C): the answer that is still to come would be taken for the next one's
+                self.close()
+                raise
         if answer is None:
             self.close()
             raise gone(self.name, None)

@@ -16,6 +16,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from datetime import UTC, datetime
 from typing import Any
 
@@ -49,6 +50,7 @@ class Claim:
         self._key = secrets.token_hex(8)
         self._over = threading.Event()
         self._write({"host": socket.gethostname(), "pid": os.getpid(), "since": _now(), "key": self._key})
+        _held.add(self)
         self._beating = threading.Thread(target=self._beat, name="ckpt-claim", daemon=True)
         self._beating.start()
 
@@ -78,8 +80,8 @@ class Claim:
             raise
 
     def release(self) -> None:
-        """Give the run back. Does nothing the second time."""
-        if self._over.is_set():
+        """Give the run back. Does nothing the second time, or in a process that was forked off."""
+        if self.fd < 0 or self._over.is_set():
             return
         self._over.set()
         self._beating.join()
@@ -87,6 +89,7 @@ class Claim:
         with contextlib.suppress(OSError):
             if _holder(self.fd).get("key") == self._key:
                 os.ftruncate(self.fd, 0)
+        _held.discard(self)
         os.close(self.fd)
 
     def _write(self, holder: dict[str, Any]) -> None:
@@ -107,6 +110,22 @@ class Claim:
                     )
                     return
                 os.utime(self.fd)
+
+
+_held: weakref.WeakSet[Claim] = weakref.WeakSet()
+"""The claims of this process."""
+
+
+def _leave_to_parent() -> None:
+    """In a process that was forked off, of a data loader, say: it would keep the run for as long as it lives."""
+    for claim in list(_held):
+        with contextlib.suppress(OSError):
+            os.close(claim.fd)
+        claim.fd = -1
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def held_by_another(run: str) -> bool:

@@ -8,7 +8,6 @@ What is due on a further level and not there yet is not pruned on the first.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import threading
@@ -32,10 +31,8 @@ from ckpt_formats.native import names
 from ckpt_formats.native.node_folders import NODE
 from ckpt_formats.native.reader import read_root
 
-__all__ = ["STATUS", "Flow"]
+__all__ = ["Flow"]
 
-STATUS = "levels.json"
-"""The file in the agent's folder that says how far it is."""
 FIRST_PAUSE_S = 1.0
 """Seconds before what failed is tried again; twice as long after each further failure, up to the longest."""
 LONGEST_PAUSE_S = 60.0
@@ -76,17 +73,15 @@ class Flow(Aftermath):
     Args:
         run: the run's folder.
         levels: its levels; the first is where saves are committed.
-        home: the agent's folder, for the status.
         claim: the lock that this process shares with the trainers; None when this is not the agent that leads.
 
     On node-local disks, every agent brings its node's part of a checkpoint to the other levels, and the one that leads
     commits it there when all parts have come.
     """
 
-    def __init__(self, run: str, levels: Sequence[Level], home: str, claim: int | None) -> None:
+    def __init__(self, run: str, levels: Sequence[Level], claim: int | None) -> None:
         super().__init__()
         self._run_folder = run
-        self._home = home
         self._claim = claim
         self._first = levels[0]
         self._node_local = NODE in self._first.place
@@ -190,7 +185,6 @@ class Flow(Aftermath):
             if pause is None:
                 with self._condition:
                     self._done[name] = begun
-            self._tell()
 
     def _bring(self, place: Place) -> float | None:
         """Have on a level what is due there, and prune it."""
@@ -205,7 +199,6 @@ class Flow(Aftermath):
                     state.owed = [item.step for item in owed]
                 if not owed:
                     break
-                self._tell()
                 # the newest first: it is worth the most
                 self._send(place, owed[0], state)
             if state.changed and place.level.keep is not None and place.present:
@@ -356,20 +349,14 @@ class Flow(Aftermath):
 
     # telling
 
-    def _tell(self) -> None:
-        """Say how far it is, for the trainers."""
+    def status(self) -> dict[str, Anything]:
         with self._condition:
-            tree = {
+            return {
                 "seen": self._seen,
                 "pruning": "; ".join(self._pruning.values()) or None,
                 "done": all(done == self._wakes for done in self._done.values()),
                 "levels": {name: state.tree() for name, state in self._states.items()},
             }
-            temporary = os.path.join(self._home, f".{STATUS}.tmp")
-            with contextlib.suppress(OSError):
-                with open(temporary, "w", encoding="ascii") as stream:
-                    json.dump(tree, stream)
-                os.replace(temporary, os.path.join(self._home, STATUS))
 
 
 class _State:

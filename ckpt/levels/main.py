@@ -27,7 +27,7 @@ def main() -> None:
     levels = levels_from_json(tree["levels"])
     for level in levels:
         level.configure()
-    flow = Flow(tree["run"], levels, arguments.home, tree["claim"])
+    flow = Flow(tree["run"], levels, tree["claim"])
     serve(arguments.home, arguments.ready, after_commit=flow)
 
 

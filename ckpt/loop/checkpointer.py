@@ -126,6 +126,8 @@ class Checkpointer:
         self._saved: int | None = None
         """The step of the newest save that was begun."""
         self._over = ExitStack()
+        self._process = 0
+        """The one that entered."""
         # made on entering
         self._agreement: Agreement
         self._saver: AsyncSaver
@@ -142,6 +144,9 @@ class Checkpointer:
             What `ckpt.load` raises; CorruptionError if all checkpoints of the run are damaged.
         """
         with ExitStack() as stack:
+            # who is told to stop while it starts leaves the block as who is told later does
+            stack.callback(self._interruption.close)
+            self._interruption.start()
             self._agreement = Agreement(self._process_group)
             self._process_group = self._agreement.group or self._process_group
             group = Collective(self._process_group)
@@ -167,10 +172,11 @@ class Checkpointer:
             self._saver.start(group, self._state)
             if self._lead is not None:
                 self._lead.follow(self._saver, self._saved)
-            self._interruption.start()
-            stack.callback(self._interruption.close)
-            if not self._saver.prepared():
-                log.warning("memory for captures is not there yet: the first save will wait for it")
+            group.agree(self._saver.prepare())
+            told = int.from_bytes(max(group.share(self._interruption.told.to_bytes(4, "big"))), "big")
+            if told:
+                self.stopped = reason(told)
+            self._process = os.getpid()
             self._over = stack.pop_all()
         return self
 
@@ -182,6 +188,8 @@ class Checkpointer:
         Raises:
             SaveFailedError: the last save failed, so that the end of the training is not stored.
         """
+        if os.getpid() != self._process:
+            return  # a process that was forked off in the block leaves it, too: nothing of this is its own
         if kind is not None:
             self._over.__exit__(kind, error, trace)
             return

@@ -38,7 +38,7 @@ class Interruption:
     def __init__(self, signals: Sequence[signal.Signals], notice: Notice | None) -> None:
         self.told = 0
         self._signals = signals
-        self._notice = notice
+        self._notice = notice if callable(notice) or notice is None else os.path.abspath(notice)
         self._pid = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         self._over = threading.Event()

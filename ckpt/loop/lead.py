@@ -5,7 +5,6 @@ It follows them on a thread of its own, which waits for the agent's answers and 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple, Self
 from ckpt.agent.pending import PendingSave
 from ckpt.agent.saver import AsyncSaver
 from ckpt.levels.claim import Claim
-from ckpt.levels.flow import STATUS
 from ckpt.levels.record import write_levels
 from ckpt.levels.tiers import Level
 from ckpt.loop.lives import Lives
@@ -240,14 +238,10 @@ class Lead:
     # other levels, which the agent looks after
 
     def _look(self) -> dict[str, Any]:
-        """Read how far the agent is, and say what is new."""
+        """Ask how far the agent is, and say what is new."""
         agent = None if self._saver is None else self._saver.agent
-        if agent is None:
-            return {}
-        try:
-            with open(os.path.join(os.path.dirname(agent.address), STATUS), encoding="ascii") as stream:
-                status: dict[str, Any] = json.load(stream)
-        except (OSError, ValueError):
+        status = {} if agent is None else agent.aftermath()
+        if not status:
             return {}
         said, self._said = self._said, status
         if status["pruning"] not in (None, said.get("pruning")):

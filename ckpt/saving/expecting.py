@@ -31,7 +31,7 @@ def expected_bytes(state: Mapping[str, object], world_size: int) -> int:
         whole = math.prod(tensor.shape) * tensor.dtype.itemsize
         held += own
         # as if it were cut evenly, or whole on every rank
-        share += own * whole // max(whole, own * world_size)
+        share += own * whole // max(whole, own * world_size, 1)
     missing = 0
     for entry in entries_of(state):
         if entry.kind != "optimizer":

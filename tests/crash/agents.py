@@ -60,12 +60,12 @@ class Agents:
         """Fork agents instead of starting interpreters."""
 
         def popen(command: Sequence[str], **options: Any) -> Any:
-            if command[1] != "-m" or not command[2].startswith("ckpt."):
+            if "-m" not in command[:3] or not command[(module := command.index("-m") + 1)].startswith("ckpt."):
                 return _Popen(command, **options)
             if self.homes is not None:
                 with open(self.homes, "a", encoding="utf-8") as homes:
                     homes.write(command[command.index("--home") + 1] + "\n")
-            forked = _Forked(self, command[2:], options)
+            forked = _Forked(self, command[module:], options)
             self.running.append(forked)
             return forked
 
@@ -160,11 +160,17 @@ class _Forked:
     def __init__(self, agents: Agents, command: Sequence[str], options: dict[str, Any]) -> None:
         self.returncode: int | None = None
         self._home = command[list(command).index("--home") + 1]
+        # as an interpreter that is started inherits it; a fork gives up what is the trainer's
+        inherited = {fd: os.dup(fd) for fd in options["pass_fds"]}
         self.pid = os.fork()
         if self.pid:
+            for copy in inherited.values():
+                os.close(copy)
             return
         code = 1
         try:
+            for fd, copy in inherited.items():
+                os.dup2(copy, fd)
             agents.become(command, options)
             code = 0
         except BaseException:  # noqa: BLE001 - a fork must not go on as its parent would

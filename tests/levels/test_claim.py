@@ -35,13 +35,11 @@ def test_a_run_that_somebody_has_is_refused_with_who_and_free_when_given_back(tm
 
 
 HOLD = """
-import os, sys, time
+import subprocess, sys, time
 from ckpt.levels.claim import Claim
 claim = Claim.take(sys.argv[1])
-child = os.fork()
-if child == 0:
-    time.sleep(float(sys.argv[2]))  # an agent that writes what was captured
-    os._exit(0)
+# an agent that writes what was captured
+subprocess.Popen(["sleep", sys.argv[2]], stdout=subprocess.DEVNULL, pass_fds=[claim.fd])
 print("held", flush=True)
 time.sleep(60)
 """
@@ -57,6 +55,24 @@ def test_a_job_that_was_killed_keeps_its_run_until_its_agent_has_written(tmp_pat
         # its heartbeat has stopped, so this waits; it is not refused
         Claim.take(str(tmp_path), patience=30).release()
         assert time.monotonic() - begin > 1
+
+
+def test_a_forked_process_neither_keeps_a_run_nor_gives_it_back(tmp_path: Path) -> None:
+    first = Claim.take(str(tmp_path))
+    child = os.fork()
+    if not child:
+        # a data loader's worker that lives on, and one that unwinds its parent's stack
+        first.release()
+        time.sleep(60)
+        os._exit(0)
+    try:
+        with pytest.raises(SaveFailedError, match=f"another job saves into this run, process {os.getpid()}"):
+            Claim.take(str(tmp_path), patience=10)
+        first.release()
+        Claim.take(str(tmp_path), patience=0.0).release()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_an_agent_that_never_ends_is_told_and_not_waited_for_without_limit(tmp_path: Path) -> None:

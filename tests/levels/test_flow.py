@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -33,7 +32,7 @@ def test_what_is_committed_while_the_first_level_is_pruned_stays_until_it_is_on_
         ckpt.save({"w": torch.ones(3)}, run / names.step_folder(step))
 
     levels = settle(str(run), [ckpt.Disk(every=1, keep=1), ckpt.Disk(other, every=1)], None, None)
-    looking = Flow(str(run), levels, str(tmp_path), None)
+    looking = Flow(str(run), levels, None)
     looking._places[0].present = {1}
     for step in (1, 3):
         save(step)
@@ -51,7 +50,7 @@ def test_what_is_committed_while_the_first_level_is_pruned_stays_until_it_is_on_
 def test_an_agent_stays_for_what_is_due_but_not_for_a_run_that_was_removed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    looking = Flow(str(run), settle(str(run), [ckpt.Disk(every=1)], None, None), str(tmp_path), None)
+    looking = Flow(str(run), settle(str(run), [ckpt.Disk(every=1)], None, None), None)
     looking._done = {"disk": -1}
     assert not looking.finished()
     shutil.rmtree(run)
@@ -60,7 +59,7 @@ def test_an_agent_stays_for_what_is_due_but_not_for_a_run_that_was_removed(tmp_p
 
 def flowing(run: Path, *tiers: ckpt.Disk) -> Flow:
     """What an agent that leads has, without its threads."""
-    looking = Flow(str(run), settle(str(run), tiers, None, None), str(run.parent), None)
+    looking = Flow(str(run), settle(str(run), tiers, None, None), None)
     looking._places = [Place(place.level) for place in looking._places]
     return looking
 
@@ -125,7 +124,6 @@ def test_what_can_not_be_removed_on_a_further_level_is_told(tmp_path: Path, monk
     monkeypatch.setattr(Files, "remove", refuse)
     looking = flowing(run, ckpt.Disk(every=1), ckpt.Disk(other, every=1, keep=1))
     assert looking._bring(looking._places[0]) is None
-    looking._tell()
-    told = json.loads((tmp_path / flow.STATUS).read_text())["pruning"]
+    told = looking.status()["pruning"]
     assert str(other / names.step_folder(1)) in told
     assert "Permission denied" in told

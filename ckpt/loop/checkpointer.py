@@ -72,8 +72,8 @@ class Checkpointer:
         on_error: what follows upon a save that fails: "log" says so and trains on, "raise" raises at the end of a
             later step, on every rank. A state that can't be saved at all is raised at once in either case.
         capture: as for `ckpt.async_save`.
-        memory: bytes of shared memory that the captures of a rank may take; by default three times what it writes. It
-            is made on entering, so that the first save is as fast as the others.
+        memory: bytes of shared memory that the captures of a rank may take; by default three times what it writes, or
+            once if there is no more. It is made on entering, so that the first save is as fast as the others.
         process_group: the ranks that take part; the default group when there is one, else this process alone.
 
     Attributes:
@@ -140,7 +140,8 @@ class Checkpointer:
         """Take the run, start the agent, and load the newest checkpoint. Collective.
 
         Raises:
-            SaveFailedError: another job saves into this run, or it can't be written to, or the agent does not start.
+            SaveFailedError: another job saves into this run, or it can't be written to, or the agent does not start, or
+                there is no memory for captures.
             What `ckpt.load` raises; CorruptionError if all checkpoints of the run are damaged.
         """
         with ExitStack() as stack:

@@ -25,6 +25,9 @@ from ckpt_formats.errors import CheckpointError, SaveFailedError
 AT_ONCE = 4
 """Parts of which bytes are written at the same time; the others wait for their turn."""
 
+BUFFERS = 8
+"""Staging buffers of an agent: each part that is written at a time fills one, and the disk shall not wait meanwhile."""
+
 
 class Piece(NamedTuple):
     """Bytes of one file or of several, in a slot, where each of them begins at a page."""
@@ -56,7 +59,7 @@ class Output:
         self.link = Link()
         self.files = LinkedFiles(files, self.link)
         self.turn = threading.Semaphore(AT_ONCE)
-        self.staging = Staging()
+        self.staging = Staging(BUFFERS)
         self._compressing = threading.Lock()
 
     def write_compressed(self, folder: str, captured: CapturedFile, memory: memoryview) -> WrittenFile:

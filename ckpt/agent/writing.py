@@ -1,8 +1,8 @@
 """Writing a captured slot as a data file: digests over its chunks, direct writes by threads.
 
 The slot holds the file as it will be, header and padding included. Direct writes go by way of staging buffers, which
-are in huge pages: from the small pages of shared memory they took 1.4 times as long on the disk that we measured, and a
-copy by the threads that write costs next to nothing. Knows no processes.
+are in huge pages: from the small pages of shared memory they took 1.4 times as long on the disk that we measured. What
+is copied there is hashed while the cache has it, and written by threads. Knows no processes.
 """
 
 from __future__ import annotations
@@ -77,42 +77,68 @@ class FileWriter:
         """Write the next bytes: those of `memory`, which goes on to the end of its last page.
 
         Every piece but the last is a multiple of ALIGNMENT. With `keeps`, the memory keeps them until a call without
-        it has returned, and they may be written until then. Raises OSError.
+        it has returned, and they may be written until then. Raises OSError, also for what came before.
         """
-        at = self._at
-        end = -(-nbytes // ALIGNMENT) * ALIGNMENT if self._file.direct else nbytes
-        self._writes += [
-            self._pool.submit(self._write, memory[low : min(low + BUFFER, end)], at + low)
-            for low in range(0, end, BUFFER)
-        ]
-        self._digests.feed(at, memory[:nbytes])
-        self._at = at + nbytes
-        left = []
-        for write in self._writes:
-            if keeps and not write.done():
-                left.append(write)
-            else:
-                write.result()
-        self._writes = left
+        if self._file.direct:
+            self._write_staged(memory, nbytes)
+        else:
+            self._write_as_it_lies(memory, nbytes)
+        self._at += nbytes
+        self._reap(wait=not keeps and not self._file.direct)
 
-    def _write(self, data: memoryview, at: int) -> None:
+    def _write_staged(self, memory: memoryview, nbytes: int) -> None:
+        """When this returns, the memory is not needed any more."""
+        end = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        for low in range(0, end, self._staging.size):
+            data = np.frombuffer(memory[low : min(low + self._staging.size, end)], np.uint8)
+            at = self._at + low
+            buffer = self._staging.acquire()
+            try:
+                staged = buffer[: len(data)]
+                room = np.frombuffer(staged, np.uint8)
+                for start in range(0, len(data), BLOCK_SIZE):
+                    stop = min(start + BLOCK_SIZE, len(data))
+                    # numpy copies without the interpreter lock
+                    np.copyto(room[start:stop], data[start:stop])
+                    self._digests.feed(at + start, staged[start : min(stop, nbytes - low)])
+                write = self._pool.submit(self._write_buffer, buffer, staged, at)
+            except BaseException:
+                self._staging.release(buffer)
+                raise
+            self._writes.append(write)
+            self._reap()
+
+    def _write_buffer(self, buffer: memoryview, staged: memoryview, at: int) -> None:
         """On a thread of the pool."""
-        if not self._file.direct:
-            self._file.write(data, at)
-            return
-        buffer = self._staging.acquire()
         try:
-            staged = memoryview(buffer)[: len(data)]
-            # numpy copies without the interpreter lock
-            np.copyto(np.frombuffer(staged, np.uint8), np.frombuffer(data, np.uint8))
             self._file.write(staged, at)
         finally:
             self._staging.release(buffer)
 
+    def _write_as_it_lies(self, memory: memoryview, nbytes: int) -> None:
+        self._writes += [
+            self._pool.submit(self._file.write, memory[low : min(low + BUFFER, nbytes)], self._at + low)
+            for low in range(0, nbytes, BUFFER)
+        ]
+        self._digests.feed(self._at, memory[:nbytes])
+
+    def _reap(self, *, wait: bool = False) -> None:
+        """Raise what a write has raised; of all of them with `wait`, else of those that have ended."""
+        left = []
+        for write in self._writes:
+            if wait or write.done():
+                write.result()
+            else:
+                left.append(write)
+        self._writes = left
+
     def finish(self) -> WrittenFile:
         """Sync the file, and say what is in it. Raises OSError."""
         captured = self._captured
-        if self._at != captured.size or self._writes:
+        for write in self._writes:
+            write.result()
+        self._writes = []
+        if self._at != captured.size:
             raise AssertionError(f"{captured.path}: {self._at} of {captured.size} bytes were written")
         if self._file.direct and captured.size % ALIGNMENT:
             self._file.truncate(captured.size)
@@ -126,8 +152,8 @@ class FileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # after a failure, what is left of the file is of no use
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        # nothing is cancelled: a write gives its buffer back, and there are few
+        self._pool.shutdown(wait=True)
         self._file.close()
 
 

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 import ckpt
+from ckpt.agent.parts import BUFFERS
 from ckpt.agent.saver import AsyncSaver
 from ckpt.collective import Collective
 from ckpt.storage.compressing import COMPRESSORS
-from ckpt.storage.data_file import BUFFER, BUFFERS
+from ckpt.storage.data_file import BUFFER
 from ckpt_formats.digest import BLOCK_SIZE
 from tests.ranks import run_ranks
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from ckpt.storage.files import File, Files
+from ckpt.storage.throttle import Throttle
 
 SLOW = 300e6
 """Bytes per second below which compression pays: a CPU compresses about three times as fast, and the link has that much
@@ -25,9 +26,7 @@ class Link:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._limit: float | None = None
-        self._next = 0.0
-        """When the next write may begin."""
+        self._throttle = Throttle()
         self._active = 0
         self._since = 0.0
         self._bytes = 0
@@ -35,8 +34,7 @@ class Link:
 
     def limit(self, bandwidth: float | None) -> None:
         """From now on, write at most so many bytes per second; None for as many as the storage takes."""
-        with self._lock:
-            self._limit = bandwidth
+        self._throttle.limit(bandwidth)
 
     @property
     def speed(self) -> float | None:
@@ -57,17 +55,12 @@ class Link:
             if not self._active:
                 self._since = now
             self._active += 1
-            wait = 0.0
-            if self._limit is not None:
-                begin = max(now, self._next)
-                self._next = begin + nbytes / self._limit
-                # the bytes of a second take a second, though the storage is faster
-                wait = self._next - now
+        due = self._throttle.take(nbytes)
         try:
             what()
-            passed = time.monotonic() - now
-            if wait > passed:
-                time.sleep(wait - passed)
+            left = due - time.monotonic()
+            if left > 0:
+                time.sleep(left)
         finally:
             with self._lock:
                 self._active -= 1

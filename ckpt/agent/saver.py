@@ -39,8 +39,9 @@ from ckpt.saving.save import PLANS, Attempt, Saver
 from ckpt.saving.side_copies import Pinned
 from ckpt.storage.compressing import Readable
 from ckpt.storage.publish import Folder, is_committed, prepare_folder
+from ckpt.storage.throttle import require_bandwidth
 from ckpt_formats.digest import DIGEST_SIZE
-from ckpt_formats.errors import CheckpointError, ConfigurationError
+from ckpt_formats.errors import CheckpointError
 
 LAST = 30.0
 """Seconds that rank 0 stays, at the end, to hear what became of the last saves."""
@@ -146,10 +147,7 @@ class AsyncSaver:
         bandwidth: float | None = None,
     ) -> PendingSave:
         """See ckpt.async_save."""
-        if bandwidth is not None and not bandwidth > 0:
-            raise ConfigurationError(
-                f"bandwidth={bandwidth} is no number of bytes per second; give more than 0, or None"
-            )
+        require_bandwidth(bandwidth)
         begin = time.perf_counter()
         group = Collective(process_group)
         client = self.start(group)

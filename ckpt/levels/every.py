@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 
-from ckpt_formats.errors import StateError
+from ckpt_formats.errors import ConfigurationError
 
 __all__ = ["Every", "EveryLike", "every", "seconds"]
 
@@ -47,7 +47,7 @@ class Every:
 
 
 def every(value: EveryLike) -> Every:
-    """What a user said, understood. Raises StateError."""
+    """What a user said, understood. Raises ConfigurationError."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return Every(steps=value)
     if value == "auto":
@@ -73,7 +73,7 @@ def seconds(value: float | str | timedelta, name: str) -> float:
     return found
 
 
-def _wrong(name: str, value: object) -> StateError:
+def _wrong(name: str, value: object) -> ConfigurationError:
     steps = "a positive number of steps, " if name == "every" else ""
     auto = ', or "auto"' if name == "every" else ""
-    return StateError(f'{name}={value!r}: give {steps}a time such as "90s", "10min", "6h" or a timedelta{auto}')
+    return ConfigurationError(f'{name}={value!r}: give {steps}a time such as "90s", "10min", "6h" or a timedelta{auto}')

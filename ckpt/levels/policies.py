@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from ckpt_formats.errors import StateError
+from ckpt_formats.errors import ConfigurationError
 
 __all__ = ["Any", "BestN", "EveryN", "LatestN", "Policy", "Saved", "kept", "policy"]
 
@@ -78,7 +78,7 @@ class BestN:
     def __post_init__(self) -> None:
         _require_positive("BestN", self.n)
         if self.mode not in ("min", "max"):
-            raise StateError(f'BestN(mode={self.mode!r}): give "min" or "max"')
+            raise ConfigurationError(f'BestN(mode={self.mode!r}): give "min" or "max"')
 
     def keeps(self, saved: Sequence[Saved]) -> AbstractSet[int]:
         sign = 1 if self.mode == "min" else -1
@@ -95,7 +95,7 @@ class Any:
 
     def __init__(self, *policies: Policy | int) -> None:
         if not policies:
-            raise StateError("Any() of no policies would keep nothing; give it some")
+            raise ConfigurationError("Any() of no policies would keep nothing; give it some")
         object.__setattr__(self, "policies", tuple(map(policy, policies)))
 
     def keeps(self, saved: Sequence[Saved]) -> AbstractSet[int]:
@@ -117,4 +117,4 @@ def kept(keep: Policy | int, saved: Sequence[Saved]) -> set[int]:
 
 def _require_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise StateError(f"{name}({value!r}): give a positive integer")
+        raise ConfigurationError(f"{name}({value!r}): give a positive integer")

@@ -8,7 +8,6 @@ Saves are committed on the first; from there they flow to the others. Knows no f
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from typing import Any as Anything
 
 from ckpt.levels.every import Every, EveryLike, every
 from ckpt.levels.policies import Any, BestN, EveryN, LatestN, Policy, policy
-from ckpt_formats.errors import StateError
+from ckpt.storage.throttle import require_bandwidth
+from ckpt_formats.errors import ConfigurationError
 from ckpt_formats.native.node_folders import NODE
 from ckpt_formats.remote import configure
 from ckpt_formats.urls import is_url, normal
@@ -93,7 +93,7 @@ def settle(
         frequency, keep: what holds for the first level when it does not say.
 
     Raises:
-        StateError: they contradict each other.
+        ConfigurationError: they contradict each other.
     """
     disks = [tier for tier in tiers if isinstance(tier, Disk)]
     if disks:
@@ -103,6 +103,8 @@ def settle(
     levels: list[Level] = []
     for tier in (first, *(tier for tier in tiers if tier is not first)):
         place = _place(run, tier)
+        if isinstance(tier, Remote):
+            require_bandwidth(tier.bandwidth, f"Remote({tier.url!r}): ")
         main = not levels
         said = tier.every if tier.every is not None or not main else ("auto" if frequency is None else frequency)
         stays = tier.keep if tier.keep is not None or not main else keep
@@ -112,18 +114,18 @@ def settle(
             every=None if said is None else every(said),
             keep=None if stays is None else _known(policy(stays)),
             options=dict(tier.options) if isinstance(tier, Remote) else {},
-            bandwidth=_bandwidth(tier) if isinstance(tier, Remote) else None,
+            bandwidth=tier.bandwidth if isinstance(tier, Remote) else None,
         )
         if not main and level.every is not None and level.every.auto:
-            raise StateError(
+            raise ConfigurationError(
                 f'{level.name}: every="auto" is for the level that saves are committed on, {levels[0].name}; give '
                 "this one steps or a time"
             )
         if any(other.place == place for other in levels):
-            raise StateError(f"two levels lie in {place}; give each a place of its own")
+            raise ConfigurationError(f"two levels lie in {place}; give each a place of its own")
         levels.append(level)
     if any(NODE in level.place for level in levels[1:]):
-        raise StateError(f"only the first level can be node-local disks ({NODE} in its path)")
+        raise ConfigurationError(f"only the first level can be node-local disks ({NODE} in its path)")
     _require_json(levels)
     return levels
 
@@ -132,10 +134,12 @@ def _place(run: str, tier: Disk | Remote) -> str:
     if isinstance(tier, Disk):
         place = run if tier.path is None else os.fspath(tier.path)
         if is_url(place):
-            raise StateError(f"Disk({place!r}) is a URL; name it as Remote({place!r}), beside a folder for the run")
+            raise ConfigurationError(
+                f"Disk({place!r}) is a URL; name it as Remote({place!r}), beside a folder for the run"
+            )
         return os.path.abspath(place)
     if "://" not in tier.url:
-        raise StateError(f"Remote({tier.url!r}) is no URL; name a mounted folder as Disk({tier.url!r})")
+        raise ConfigurationError(f"Remote({tier.url!r}) is no URL; name a mounted folder as Disk({tier.url!r})")
     return normal(tier.url)
 
 
@@ -143,15 +147,6 @@ def _name(tier: Disk | Remote, before: Sequence[Level]) -> str:
     kind = "disk" if isinstance(tier, Disk) else "remote"
     count = sum(level.name.rstrip("0123456789") == kind for level in before)
     return kind if not count else f"{kind}{count + 1}"
-
-
-def _bandwidth(tier: Remote) -> float | None:
-    if tier.bandwidth is not None and not 0 < tier.bandwidth < math.inf:
-        raise StateError(
-            f"Remote({tier.url!r}): bandwidth={tier.bandwidth} is no number of bytes per second; give more than 0, or "
-            "None"
-        )
-    return tier.bandwidth
 
 
 def _known(rule: Policy) -> Policy:
@@ -165,7 +160,7 @@ def _require_json(levels: Sequence[Level]) -> None:
         try:
             json.dumps(dict(level.options), allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise StateError(
+            raise ConfigurationError(
                 f"the options of {level.name} can't be handed to the agent, which is another process ({error}); give "
                 "text, numbers, lists and mappings"
             ) from None
@@ -214,7 +209,7 @@ def _policy_to_json(rule: Policy) -> dict[str, Anything]:
             return {"best": [n, metric, mode]}
         case Any():
             return {"any": [_policy_to_json(one) for one in rule.policies]}
-    raise StateError(
+    raise ConfigurationError(
         f"keep={rule!r}: the agent, which is another process, removes what is not kept, and can't be told this rule; "
         "give LatestN, EveryN, BestN, or Any of them"
     )

@@ -35,6 +35,7 @@ from ckpt.loop.lead import Lead
 from ckpt.loop.resume import resume
 from ckpt_formats.errors import (
     CheckpointError,
+    ConfigurationError,
     CoverageError,
     SaveFailedError,
     StateError,
@@ -102,11 +103,11 @@ class Checkpointer:
         process_group: ProcessGroup | None = None,
     ) -> None:
         if is_url(os.fspath(run)):
-            raise StateError(
+            raise ConfigurationError(
                 f"{run!r} is a URL; name a local or mounted folder for the run, and the URL in tiers=[ckpt.Remote(…)]"
             )
         if on_error not in ("log", "raise"):
-            raise StateError(f'on_error={on_error!r}: give "log" or "raise"')
+            raise ConfigurationError(f'on_error={on_error!r}: give "log" or "raise"')
         if ENTRY in state:
             raise StateError(f"the entry {ENTRY!r} of the state is the Checkpointer's own; rename yours")
         self.path = os.path.abspath(os.fspath(run))

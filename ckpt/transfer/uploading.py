@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from ckpt.storage.objects import ObjectStore, Upload
+from ckpt.storage.throttle import Throttle, require_bandwidth
 from ckpt_formats.errors import CorruptionError, StoreError
 from ckpt_formats.facts import Facts, encode
 from ckpt_formats.leases import busy
@@ -40,11 +41,10 @@ class Uploading:
 
     def __init__(self, url: str, bandwidth: float | None = None) -> None:
         """Sends at most `bandwidth` bytes per second, on average over some parts; for None, as many as it can."""
+        require_bandwidth(bandwidth)
         self._url = url
         self._store = ObjectStore(url)
-        self._bandwidth = bandwidth
-        self._due = 0.0
-        """When what is being sent may have been sent, by the clock that is never set."""
+        self._throttle = Throttle(bandwidth)
         self._over = threading.Event()
         self._stack: ExitStack
         self._lock = threading.Lock()
@@ -107,18 +107,12 @@ class Uploading:
 
     def _send(self, upload: Upload, number: int, data: bytes) -> bool:
         """Send a part, and take the time for it that it must take at least. Whether that was needed."""
-        if self._bandwidth is None:
-            return upload.send(number, data)
-        seconds = len(data) / self._bandwidth
-        with self._lock:
-            # one after the other, whichever of the senders they are of
-            self._due = due = max(self._due, time.monotonic()) + seconds
+        due = self._throttle.take(len(data))
         needed = upload.send(number, data)
         if needed:
             self._over.wait(max(0.0, due - time.monotonic()))
         else:
-            with self._lock:
-                self._due -= seconds
+            self._throttle.give_back(len(data))
         return needed
 
     def _await(self, future: Future[object]) -> None:

@@ -133,7 +133,7 @@ class FactsError(CheckpointError, ValueError):
 
 
 class ConfigurationError(CheckpointError, ValueError):
-    """An environment variable of this project has a value that means nothing."""
+    """An argument or an environment variable has a value that means nothing, or contradicts another."""
 
 
 class LayoutError(CheckpointError, ValueError):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt.levels.policies import Any, BestN, EveryN, LatestN, Policy, Saved, kept, policy
-from ckpt_formats.errors import StateError
+from ckpt_formats.errors import ConfigurationError
 
 _METRICS = st.dictionaries(st.sampled_from(["loss", "accuracy"]), st.floats(width=16), max_size=2)
 SAVED = st.lists(
@@ -103,5 +103,5 @@ def test_any_keeps_exactly_what_one_of_them_keeps(policies: list[Policy], saved:
     ],
 )
 def test_a_policy_that_means_nothing_is_refused(wrong: Callable[[], object]) -> None:
-    with pytest.raises(StateError):
+    with pytest.raises(ConfigurationError):
         wrong()

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ckpt
 from ckpt.loop import interruption
-from ckpt_formats.errors import CorruptionError, SaveFailedError, StateError
+from ckpt_formats.errors import ConfigurationError, CorruptionError, SaveFailedError, StateError
 from ckpt_formats.runs import State, find_checkpoints
 from tests.ranks import Killed, run_ranks
 
@@ -408,13 +408,13 @@ def test_an_error_in_the_loop_comes_out_as_it_is(tmp_path: Path) -> None:
 def test_what_contradicts_itself_is_refused_before_anything_happens(
     options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(StateError, match=message):
+    with pytest.raises(ConfigurationError, match=message):
         ckpt.Checkpointer(tmp_path / "run", {"w": torch.zeros(3)}, **options)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_on_a_url_is_refused_with_the_remedy() -> None:
-    with pytest.raises(StateError, match="Remote"):
+    with pytest.raises(ConfigurationError, match="Remote"):
         ckpt.Checkpointer("s3://bucket/run", {"w": torch.zeros(3)})
 
 

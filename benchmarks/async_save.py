@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import click
 import torch
 import torch.distributed as dist
 
+from benchmarks import options
 from benchmarks.async_systems import (
     Saving,
     Wait,
@@ -37,31 +37,20 @@ from benchmarks.async_systems import (
     torch_checkpointing,
 )
 from benchmarks.interleave import Measure, fastest
-from benchmarks.options import Parameters, run_options
+from benchmarks.options import TENSOR_BYTES, TensorParameters
 from benchmarks.ranks import Group, run_ranks
 from benchmarks.raw_io import RawMemory, can_write_directly, raw_system
-from benchmarks.report import (
-    Section,
-    Yardstick,
-    consoles,
-    machine,
-    print_progress,
-    show,
-    show_machine,
-    show_verdict,
-    write_json,
-)
+from benchmarks.report import Report, Section, Yardstick
 from benchmarks.state import sharded_tensors
 from benchmarks.systems import dcp_system, safetensors_system, torch_save_system
 
 _SHAPE = (4096, 1024)
-_TENSOR_BYTES = 16 << 20
 _TARGETS = {"blocked": 0.05, "durable": 1.10}
 """The most that this project may take: of a copy in memory, and of the fastest raw write."""
 _COPY = "memory copy"
 
 
-def rank_main(group: Group, asked: Parameters) -> list[Measure]:
+def rank_main(group: Group, asked: TensorParameters) -> list[Measure]:
     """What each rank runs."""
     group.say(f"filling {asked.tensors} tensors of 16 MiB")
     (state,) = sharded_tensors(group, asked.tensors, _SHAPE, seed=asked.seed, dimensions=(0,))
@@ -91,7 +80,7 @@ class _Run:
     def __init__(
         self,
         group: Group,
-        asked: Parameters,
+        asked: TensorParameters,
         savings: Sequence[Saving],
         tensors: dict[str, torch.Tensor],
         live: dict[str, object],
@@ -205,13 +194,14 @@ def sections(processes: int, where: str, nbytes: int, measures: Sequence[Measure
     show_default=True,
     help="Where the files go, in turn.",
 )
-@click.option("--processes", type=click.IntRange(1), multiple=True, default=(1, 4), show_default=True)
-@click.option("--size", type=click.IntRange(64), default=1024, show_default=True, help="MiB, in tensors of 16 MiB.")
-@run_options(
-    repetitions=5,
-    only="Run only this system, and the limits; repeatable.",
-    quick="256 MiB, 3 repetitions: to see that it runs, not for figures.",
-)
+@options.PROCESSES
+@options.size(1024)
+@options.repetitions(5)
+@options.SETTLE
+@options.SEED
+@options.only("the limits")
+@options.quick("256 MiB, 3 repetitions")
+@options.JSON
 def main(
     folders: tuple[Path, ...],
     processes: tuple[int, ...],
@@ -226,36 +216,26 @@ def main(
     """Save while training: torch.save, safetensors, torch DCP, torch_checkpointing and ckpt, interleaved."""
     if quick:
         size, repetitions = 256, 3
-    said = Parameters(
-        tensors=size * 2**20 // _TENSOR_BYTES,
-        tensor_bytes=_TENSOR_BYTES,
+    said = TensorParameters(
+        tensors=size * 2**20 // TENSOR_BYTES,
         folder=Path(),
         repetitions=repetitions,
         settle=settle,
         seed=seed,
         only=only,
     )
-    console, progress = consoles()
-    facts = machine()
-    show_machine(console, facts)
-    tables: list[Section] = []
+    report = Report()
     for folder in folders:
         scratch = folder.absolute() / "async_save"
         asked = replace(said, folder=scratch)
         try:
             for number in processes:
                 scratch.mkdir(parents=True, exist_ok=True)
-                say = partial(print_progress, progress, number)
-                measures = run_ranks(rank_main, number, asked, say=say, children=True)
-                fresh = sections(number, str(folder), asked.nbytes, measures)
-                for section in fresh:
-                    show(console, section)
-                tables += fresh
+                measures = run_ranks(rank_main, number, asked, say=report.say(number), children=True)
+                report.show(sections(number, str(folder), asked.nbytes, measures))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    show_verdict(console, tables)
-    if json_path is not None:
-        write_json(json_path, "async_save", said.as_json(processes), facts, tables)
+    report.end("async_save", {"processes": processes, **said.as_json()}, json_path)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
 import ckpt
-from benchmarks.durability import sync_path
+from benchmarks.files import sync_path
 from benchmarks.interleave import Way
 from benchmarks.ranks import Group
 

@@ -25,7 +25,8 @@ import zstandard
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from benchmarks.report import consoles, machine, show_machine
+from benchmarks import options
+from benchmarks.report import Report
 from ckpt.storage.compressing import is_compressed
 from ckpt_cli.demo.model import GPT
 from ckpt_cli.demo.text import Sampler, Text
@@ -187,21 +188,19 @@ def _verdict(value: float, target: float | None) -> str:
 @click.option("--repetitions", default=7, show_default=True)
 @click.option("--seed", default=0, show_default=True, help="Of the order in which methods have their turn.")
 @click.option("--quick", is_flag=True, help="Only show that it runs: the ratios are of a model that knows nothing yet.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every figure to a file.")
-def main(seconds: float, repetitions: int, seed: int, quick: bool, json_file: Path | None) -> None:
+@options.JSON
+def main(seconds: float, repetitions: int, seed: int, quick: bool, json_path: Path | None) -> None:
     """Compress a training state that was really trained."""
     if quick:
         seconds, repetitions = 2.0, 1
-    out, progress = consoles()
-    facts = machine()
-    progress.print(f"[dim]training for {seconds:g} s[/]", highlight=False)
+    report = Report()
+    report.progress(f"training for {seconds:g} s")
     sets, loss, steps = train(seconds)
-    show_machine(out, facts)
-    out.print(f"The demo's GPT after {steps:,} steps, loss {loss:.2f} nats per byte.\n", highlight=False)
+    report.console.print(f"The demo's GPT after {steps:,} steps, loss {loss:.2f} nats per byte.\n", highlight=False)
     order = random.Random(seed)
-    document: dict[str, object] = {"machine": facts, "steps": steps, "loss": loss}
+    document: dict[str, object] = {"machine": report.facts, "steps": steps, "loss": loss}
     for title, tensors in sets.items():
-        progress.print(f"[dim]{title}[/]", highlight=False)
+        report.progress(title)
         nbytes = sum(tensor.nbytes for tensor in tensors)
         blocks, of = _blocks(tensors)
         measured = _measure(blocks, of, repetitions, order)
@@ -221,14 +220,14 @@ def main(seconds: float, repetitions: int, seed: int, quick: bool, json_file: Pa
                 f"{speed:.2f} ({max(result.encode):.2f}){_verdict(speed, speed_target)}",
                 f"{statistics.median(result.decode):.2f} ({max(result.decode):.2f})",
             )
-        out.print(table)
-        out.print()
+        report.console.print(table)
+        report.console.print()
         document[title] = {
             name: {"ratio": result.ratio, "encode": result.encode, "decode": result.decode}
             for name, result in measured.items()
         }
-    if json_file is not None:
-        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if json_path is not None:
+        json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import ckpt
+from benchmarks import options
 from benchmarks.interleave import Measure
-from benchmarks.report import Section, Yardstick, consoles, machine, show, show_machine, show_verdict, write_json
+from benchmarks.report import Report, Section, Yardstick
 
 _BANDWIDTH = 1 / 0.9
 """The most that a capture may take, of the plain copy: 90 % of its bandwidth."""
@@ -156,30 +157,24 @@ def _interleave(ways: dict[str, Callable[[], float]], measures: dict[str, Measur
 @click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path("/dev/shm"), show_default=True)
 @click.option("--size", type=click.IntRange(64), default=4096, show_default=True, help="MiB of training state.")
 @click.option("--steps", "count", type=click.IntRange(2), default=10, show_default=True)
-@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every time here.")
+@options.repetitions(5)
+@options.JSON
 def main(folder: Path, size: int, count: int, repetitions: int, json_path: Path | None) -> None:
     """Saving from a GPU while it trains."""
-    console, _ = consoles()
     if not torch.cuda.is_available():
-        console.print("There is no GPU here, so there is nothing to measure.")
+        print("There is no GPU here, so there is nothing to measure.")
         return
-    facts = machine() | {"gpu": torch.cuda.get_device_name()}
-    show_machine(console, facts)
+    report = Report(gpu=torch.cuda.get_device_name())
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     place = folder.absolute() / "ckpt_gpu_save"
     place.mkdir(parents=True)
     try:
         training = Training(size)
-        sections = [copies(training, place, repetitions), steps(training, place, repetitions, count)]
+        report.show([copies(training, place, repetitions), steps(training, place, repetitions, count)])
     finally:
         shutil.rmtree(place, ignore_errors=True)
         dist.destroy_process_group()
-    for section in sections:
-        show(console, section)
-    show_verdict(console, sections)
-    if json_path is not None:
-        write_json(json_path, "gpu_save", {"size": size, "steps": count, "repetitions": repetitions}, facts, sections)
+    report.end("gpu_save", {"size_mib": size, "steps": count, "repetitions": repetitions}, json_path)
 
 
 if __name__ == "__main__":

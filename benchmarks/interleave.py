@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from benchmarks.files import drop, warm
 from benchmarks.ranks import Group
 
 _CALIBRATION_ROUNDS = 2
 """Rounds before the repetitions in which each setting is tried: one would mislead, as a first call is slower."""
-
-_READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,29 +156,19 @@ class Interleaving:
         if self._group.rank == 0:
             os.sync()  # a page that waits to be written can't be dropped
             time.sleep(self._settle)
-            for path in _files(folder):
-                with path.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            drop(folder)
 
     def _warm(self, folder: Path) -> None:
         """All of the folder's files in the page cache."""
         self._group.barrier()
         if self._group.rank == 0:
-            buffer = bytearray(_READ_BYTES)
-            for path in _files(folder):
-                with path.open("rb", buffering=0) as file:
-                    while file.readinto(buffer):
-                        pass
+            warm(folder)
         self._group.barrier()
 
     def _shuffled(self, items: Iterable[_T]) -> list[_T]:
         result = list(items)
         self._random.shuffle(result)
         return result
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _first_key(system: System, phase: str, name: str, setting: str) -> _Key:

@@ -10,7 +10,6 @@ loads into. README.md in this folder has the method.
 from __future__ import annotations
 
 import gc
-import mmap
 import os
 import random
 import shutil
@@ -27,27 +26,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import options
+from benchmarks.files import drop, warm
 from benchmarks.interleave import Destination, Measure, fastest, quartiles
 from benchmarks.load_systems import PHASES, LoadingSystem, Saved, loading_systems
+from benchmarks.options import SHAPE, TENSOR_BYTES, TensorParameters
 from benchmarks.ranks import Group, run_ranks
 from benchmarks.raw_io import RAW
-from benchmarks.report import (
-    Section,
-    Yardstick,
-    consoles,
-    machine,
-    print_progress,
-    show,
-    show_machine,
-    show_verdict,
-    write_json,
-)
+from benchmarks.report import Report, Section, Yardstick
 from benchmarks.systems import CKPT
-
-_SHAPE = (2048, 2048)
-"""Of each tensor: 16 MiB of fp32."""
-_TENSOR_BYTES = 16 << 20
-_READ_BYTES = 16 << 20
 
 _TARGETS = {
     ("same cut", "cached"): 1.2,
@@ -70,18 +57,12 @@ _WHAT = {
 _HOW = {"cached": "files cached", "cold": "nothing cached"}
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters(TensorParameters):
     """What was asked for."""
 
-    tensors: int
-    folder: Path
-    repetitions: int
-    seed: int
     phases: tuple[str, ...]
     temperatures: tuple[str, ...]
-    only: tuple[str, ...]
-    """Systems to run beside the raw limit; all when empty."""
 
 
 @dataclass(slots=True)
@@ -102,7 +83,7 @@ Outcome = dict[_Key, tuple[Measure, Cost, int]]
 def rank_main(group: Group, asked: Parameters) -> Outcome:
     """What each rank runs: every system saves once, then all load in turn."""
     group.say(f"filling {asked.tensors} tensors of 16 MiB")
-    saved = Saved(group, asked.tensors, _SHAPE, asked.seed, asked.folder)
+    saved = Saved(group, asked.tensors, SHAPE, asked.seed, asked.folder)
     systems = [s for s in loading_systems(group, saved) if not asked.only or s.name in (RAW, *asked.only)]
     phases = [phase for phase in asked.phases if phase in saved.into]
     for system in systems:
@@ -143,11 +124,7 @@ def _timed(
     """Seconds from the first rank's start to the last one's end, bytes read by all, peak of memory of one."""
     group.barrier()
     if group.rank == 0:
-        for path in sorted(path for path in system.folder.rglob("*") if path.is_file()):
-            if cold:
-                drop(path)
-            else:
-                _warm(path)
+        (drop if cold else warm)(system.folder)
     into.spoil()
     gc.collect()
     group.barrier()
@@ -160,19 +137,6 @@ def _timed(
     seconds = group.span(start, stop)
     into.check()
     return seconds, _total(group, read), int(_most(group, taken))
-
-
-def drop(path: Path) -> None:
-    """Take a file out of the page cache."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _warm(path: Path) -> None:
-    buffer = mmap.mmap(-1, _READ_BYTES)
-    with path.open("rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
 
 
 def _bytes_read() -> int:
@@ -262,17 +226,10 @@ def _judged(target: str, met: bool) -> str:
 
 
 @click.command()
-@click.option(
-    "--dir",
-    "folder",
-    type=click.Path(path_type=Path),
-    default=Path(".bench"),
-    show_default=True,
-    help="Where the files go: it decides which disk is measured.",
-)
-@click.option("--processes", type=click.IntRange(1), multiple=True, default=(1, 4), show_default=True)
-@click.option("--size", type=click.IntRange(64), default=1024, show_default=True, help="MiB, in tensors of 16 MiB.")
-@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True)
+@options.FOLDER
+@options.PROCESSES
+@options.size(1024)
+@options.repetitions(5)
 @click.option("--phase", "phases", type=click.Choice(PHASES), multiple=True, default=PHASES, show_default=True)
 @click.option(
     "--cache",
@@ -283,10 +240,10 @@ def _judged(target: str, met: bool) -> str:
     show_default=True,
     help="Whether the files lie in the page cache.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the contents and of the order.")
-@click.option("--only", multiple=True, metavar="SYSTEM", help="Run only this system, and the raw limit; repeatable.")
-@click.option("--quick", is_flag=True, help="256 MiB, 2 repetitions: to see that it runs, not for figures.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every time here.")
+@options.SEED
+@options.only("the raw limit")
+@options.quick("256 MiB, 2 repetitions")
+@options.JSON
 def main(
     folder: Path,
     processes: Sequence[int],
@@ -303,27 +260,26 @@ def main(
     if quick:
         size, repetitions = 256, 2
     scratch = folder.absolute() / "load"
-    asked = Parameters(size * 2**20 // _TENSOR_BYTES, scratch, repetitions, seed, phases, temperatures, only)
-    console, progress = consoles()
-    facts = machine()
-    show_machine(console, facts)
-    tables: list[Section] = []
+    asked = Parameters(
+        tensors=size * 2**20 // TENSOR_BYTES,
+        folder=scratch,
+        repetitions=repetitions,
+        seed=seed,
+        phases=phases,
+        temperatures=temperatures,
+        only=only,
+    )
+    report = Report()
     try:
         for number in processes:
             scratch.mkdir(parents=True, exist_ok=True)
-            outcome = run_ranks(rank_main, number, asked, say=partial(print_progress, progress, number))
-            fresh = sections(number, outcome)
-            for section in fresh:
-                show(console, section)
-            show_costs(console, number, outcome)
-            tables += fresh
+            outcome = run_ranks(rank_main, number, asked, say=report.say(number))
+            report.show(sections(number, outcome))
+            show_costs(report.console, number, outcome)
             shutil.rmtree(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    show_verdict(console, tables)
-    if json_path is not None:
-        parameters = {"processes": list(processes), "bytes": size << 20, "repetitions": repetitions, "seed": seed}
-        write_json(json_path, "load", parameters, facts, tables)
+    report.end("load", {"processes": processes, **asked.as_json()}, json_path)
 
 
 if __name__ == "__main__":

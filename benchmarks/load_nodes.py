@@ -27,27 +27,17 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import ckpt
+from benchmarks import options
+from benchmarks.files import drop
 from benchmarks.interleave import Measure
-from benchmarks.load import drop
+from benchmarks.options import SHAPE, TENSOR_BYTES, TensorParameters
 from benchmarks.ranks import Group, run_ranks
 from benchmarks.raw_io import RAW, RawMemory
-from benchmarks.report import (
-    Section,
-    Yardstick,
-    consoles,
-    machine,
-    print_progress,
-    show,
-    show_machine,
-    show_verdict,
-    write_json,
-)
+from benchmarks.report import Report, Section, Yardstick
 from benchmarks.state import NamedTensors, sharded_tensors
 from benchmarks.systems import CKPT
 from benchmarks.two_nodes import ADDRESS, enter
 
-_SHAPE = (2048, 2048)
-_TENSOR_BYTES = 16 << 20
 _TARGET = 1.2
 _PHASES = ("replicas", "other cut")
 """Every node needs everything; or tensors that were saved in rows are loaded in columns, half of them by each."""
@@ -56,14 +46,10 @@ _LINK = "link"
 _CHUNK = 4 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters(TensorParameters):
     """What was asked for."""
 
-    tensors: int
-    folder: Path
-    repetitions: int
-    seed: int
     phases: tuple[str, ...]
 
 
@@ -73,11 +59,11 @@ Outcome = dict[tuple[str, str], tuple[Measure, float]]
 
 def rank_main(group: Group, asked: Parameters) -> Outcome:
     """What each node runs."""
-    size = asked.tensors * _TENSOR_BYTES
-    rows, columns = sharded_tensors(group, asked.tensors, _SHAPE, seed=asked.seed, dimensions=(0, 1))
+    size = asked.nbytes
+    rows, columns = sharded_tensors(group, asked.tensors, SHAPE, seed=asked.seed, dimensions=(0, 1))
     # the same tensors, whole on each node
     alone = Group(0, 1, group.say)
-    (whole,) = sharded_tensors(alone, asked.tensors, _SHAPE, seed=asked.seed, dimensions=(0,))
+    (whole,) = sharded_tensors(alone, asked.tensors, SHAPE, seed=asked.seed, dimensions=(0,))
     memory = RawMemory(size // 2, asked.seed + group.rank)
     raw, ours, dcp = (asked.folder / name for name in ("raw", "ckpt", "dcp"))
     raw.mkdir(parents=True, exist_ok=True)
@@ -131,8 +117,7 @@ def _timed(group: Group, folder: Path, run: Callable[[], object]) -> tuple[float
     """Seconds from the first node's start to the last one's end, nothing cached; and what was returned."""
     group.barrier()
     if group.rank == 0:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            drop(path)
+        drop(folder)
     group.barrier()
     start = time.monotonic()
     value = run()
@@ -205,7 +190,7 @@ def sections(mbit: int, size: int, outcome: Outcome) -> list[Section]:
 
 
 @click.command()
-@click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(".bench"), show_default=True)
+@options.FOLDER
 @click.option(
     "--link",
     "links",
@@ -215,12 +200,12 @@ def sections(mbit: int, size: int, outcome: Outcome) -> list[Section]:
     show_default=True,
     help="Mbit/s each way; repeatable.",
 )
-@click.option("--size", type=click.IntRange(64), default=512, show_default=True, help="MiB, in tensors of 16 MiB.")
-@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True)
+@options.size(512)
+@options.repetitions(5)
 @click.option("--phase", "phases", type=click.Choice(_PHASES), multiple=True, default=_PHASES, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the contents and of the order.")
-@click.option("--quick", is_flag=True, help="128 MiB, 2 repetitions: to see that it runs, not for figures.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every time here.")
+@options.SEED
+@options.quick("128 MiB, 2 repetitions")
+@options.JSON
 def main(
     folder: Path,
     links: Sequence[int],
@@ -235,11 +220,10 @@ def main(
     if quick:
         size, repetitions = 128, 2
     scratch = folder.absolute() / "load_nodes"
-    asked = Parameters(size * 2**20 // _TENSOR_BYTES, scratch, repetitions, seed, phases)
-    console, progress = consoles()
-    facts = machine()
-    show_machine(console, facts)
-    tables: list[Section] = []
+    asked = Parameters(
+        tensors=size * 2**20 // TENSOR_BYTES, folder=scratch, repetitions=repetitions, seed=seed, phases=phases
+    )
+    report = Report()
     try:
         for mbit in links:
             meeting = scratch / "meeting"
@@ -248,19 +232,14 @@ def main(
                 rank_main,
                 2,
                 asked,
-                say=partial(print_progress, progress, 2),
+                say=report.say(2),
                 prepare=partial(enter, folder=meeting, mbit=mbit),
             )
-            for section in sections(mbit, size << 20, outcome):
-                show(console, section)
-                tables.append(section)
+            report.show(sections(mbit, asked.nbytes, outcome))
             shutil.rmtree(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    show_verdict(console, tables)
-    if json_path is not None:
-        parameters = {"links_mbit": list(links), "bytes": size << 20, "repetitions": repetitions, "seed": seed}
-        write_json(json_path, "load_nodes", parameters, facts, tables)
+    report.end("load_nodes", {"links_mbit": links, **asked.as_json()}, json_path)
 
 
 if __name__ == "__main__":

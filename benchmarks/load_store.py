@@ -1,6 +1,6 @@
 """Loads a checkpoint from an S3 server on loopback, against plain concurrent ranged GETs of the same bytes.
 
-    python -m benchmarks.load_store [--quick]
+    python -m benchmarks.load_store [--quick] [--json FILE]
 
 The GETs are http.client's, into memory that is there, by as many connections as do best: the least that a Python
 program can take. Beside them s3fs' own concurrent ranges, and torch DCP with its reader for fsspec. The server is
@@ -34,12 +34,13 @@ from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
 import ckpt
+from benchmarks import options
+from benchmarks.files import warm
 from benchmarks.interleave import Measure
-from benchmarks.report import Section, Yardstick, consoles, machine, show, show_machine, show_verdict
+from benchmarks.options import SHAPE, TENSOR_BYTES
+from benchmarks.report import Report, Section, Yardstick
 from ckpt_formats.remote import Store, configure
 
-_SHAPE = (2048, 2048)
-_TENSOR_BYTES = 16 << 20
 _RANGE = 8 << 20
 """Bytes of a ranged GET."""
 _THREADS = (4, 8, 16)
@@ -122,30 +123,29 @@ def _dcp(state: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(".bench"), show_default=True)
-@click.option("--size", type=click.IntRange(64), default=1024, show_default=True, help="MiB, in tensors of 16 MiB.")
-@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--quick", is_flag=True, help="256 MiB, 2 repetitions: to see that it runs, not for figures.")
-def main(folder: Path, size: int, repetitions: int, quick: bool) -> None:
+@options.FOLDER
+@options.size(1024)
+@options.repetitions(5)
+@options.quick("256 MiB, 2 repetitions")
+@options.JSON
+def main(folder: Path, size: int, repetitions: int, quick: bool, json_path: Path | None) -> None:
     """Load from an S3 server on loopback: plain ranged GETs, ckpt and its peers, interleaved."""
     if quick:
         size, repetitions = 256, 2
-    console, _ = consoles()
-    show_machine(console, machine())
+    report = Report()
     scratch = folder.absolute() / "load_store"
     shutil.rmtree(scratch, ignore_errors=True)
     bucket = scratch / "bucket"
     bucket.mkdir(parents=True)
     try:
-        state = {f"w{i}": torch.rand(_SHAPE) for i in range(size * 2**20 // _TENSOR_BYTES)}
+        state = {f"w{i}": torch.rand(SHAPE) for i in range(size * 2**20 // TENSOR_BYTES)}
         expected = {name: tensor.clone() for name, tensor in state.items()}
         ckpt.save({"model": state}, bucket / "checkpoint")
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         dcp_save(state, storage_writer=FileSystemWriter(bucket / "dcp"), no_dist=True)
-        for file in (bucket / "dcp").iterdir():
-            file.read_bytes()
+        warm(bucket)
         files = sorted((bucket / "checkpoint" / "data").iterdir())
-        paths = [(f"/bucket/checkpoint/data/{file.name}", len(file.read_bytes())) for file in files]
+        paths = [(f"/bucket/checkpoint/data/{file.name}", file.stat().st_size) for file in files]
         memory = torch.zeros(sum(size for _, size in paths), dtype=torch.uint8).numpy().data
         with _server(scratch) as port:
             options = {"anon": True, "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
@@ -179,10 +179,10 @@ def main(folder: Path, size: int, repetitions: int, quick: bool) -> None:
             targets={"ckpt": _TARGET},
             notes=[f"GETs: {limit.setting}, which had the least median"],
         )
-        show(console, section)
-        show_verdict(console, [section])
+        report.show([section])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    report.end("load_store", {"size_mib": size, "repetitions": repetitions}, json_path)
 
 
 def _note(measure: Measure, repetition: int, seconds: float) -> None:

@@ -10,26 +10,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import click
 
+from benchmarks import options
 from benchmarks.interleave import Interleaving, Measure, System
-from benchmarks.options import Parameters, run_options
+from benchmarks.options import TensorParameters
 from benchmarks.ranks import Group, run_ranks
 from benchmarks.raw_io import RawMemory, can_write_directly, raw_system
-from benchmarks.report import (
-    Section,
-    Yardstick,
-    consoles,
-    machine,
-    print_progress,
-    show,
-    show_machine,
-    show_verdict,
-    write_json,
-)
+from benchmarks.report import Report, Section, Yardstick
 from benchmarks.state import many_parameters, many_tensors
 from benchmarks.systems import CKPT, ckpt_system, dcp_system, safetensors_system, torch_save_system
 
@@ -42,7 +32,7 @@ _TARGET_US = 25.0
 _MODULE = f"{CKPT}, module"
 
 
-def rank_main(group: Group, asked: Parameters) -> list[Measure]:
+def rank_main(group: Group, asked: TensorParameters) -> list[Measure]:
     """What the process runs: every system on a flat dict, and this project on a module too."""
     group.say(f"making {asked.tensors} tensors of 1 KiB, and a module of as many")
     flat = many_tensors(asked.tensors, _ELEMENTS, seed=asked.seed)
@@ -62,7 +52,7 @@ def rank_main(group: Group, asked: Parameters) -> list[Measure]:
     return interleaving.run(asked.repetitions)
 
 
-def sections(asked: Parameters, measures: Sequence[Measure]) -> list[Section]:
+def sections(asked: TensorParameters, measures: Sequence[Measure]) -> list[Section]:
     per_tensor = Yardstick("us/tensor", lambda measure: [1e6 * s / asked.tensors for s in measure.seconds])
     what = {"save": "Save, until durable", "load": "Load, files cached"}
     return [
@@ -79,20 +69,14 @@ def sections(asked: Parameters, measures: Sequence[Measure]) -> list[Section]:
 
 
 @click.command()
-@click.option(
-    "--dir",
-    "folder",
-    type=click.Path(path_type=Path),
-    default=Path(".bench"),
-    show_default=True,
-    help="Where the files go: it decides which disk is measured.",
-)
+@options.FOLDER
 @click.option("--tensors", type=click.IntRange(1), default=20_000, show_default=True)
-@run_options(
-    repetitions=7,
-    only="Run only this system; repeatable.",
-    quick="5,000 tensors, 3 repetitions: to see that it runs, not for figures.",
-)
+@options.repetitions(7)
+@options.SETTLE
+@options.SEED
+@options.only()
+@options.quick("5,000 tensors, 3 repetitions")
+@options.JSON
 def main(
     folder: Path,
     tensors: int,
@@ -107,7 +91,7 @@ def main(
     if quick:
         tensors, repetitions = 5_000, 3
     scratch = folder.absolute() / "many_tensors"
-    asked = Parameters(
+    asked = TensorParameters(
         tensors=tensors,
         tensor_bytes=_TENSOR_BYTES,
         folder=scratch,
@@ -116,20 +100,14 @@ def main(
         seed=seed,
         only=only,
     )
-    console, progress = consoles()
-    facts = machine()
-    show_machine(console, facts)
+    report = Report()
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        measures = run_ranks(rank_main, 1, asked, say=partial(print_progress, progress, 1))
+        measures = run_ranks(rank_main, 1, asked, say=report.say(1))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    tables = sections(asked, measures)
-    for section in tables:
-        show(console, section)
-    show_verdict(console, tables)
-    if json_path is not None:
-        write_json(json_path, "many_tensors", {"tensors": tensors, **asked.as_json([1])}, facts, tables)
+    report.show(sections(asked, measures))
+    report.end("many_tensors", asked.as_json(), json_path)
 
 
 if __name__ == "__main__":

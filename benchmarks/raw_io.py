@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from benchmarks.durability import sync_path
+from benchmarks.files import sync_path
 from benchmarks.interleave import Load, System, Way
 from benchmarks.ranks import Group
 

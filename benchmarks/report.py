@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,40 @@ class Section:
         return None if target is None else quartiles(self.yardstick.of(measure))[1] <= target
 
 
-def consoles() -> tuple[Console, Console]:
-    """For results, and for progress; a table that goes to a file is not cut to a terminal's width."""
-    return Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
+class Report:
+    """What a benchmark prints: facts of the machine, progress, tables, and whether targets were met.
 
+    Attributes:
+        console: for results; progress goes to the standard error.
+        facts: of the machine.
+    """
 
-def print_progress(progress: Console, processes: int, line: str) -> None:
-    progress.print(f"[dim]{processes} x[/] {line}", highlight=False)
+    def __init__(self, **facts: object) -> None:
+        """`facts` of the machine beside those that are known."""
+        # a table that goes to a file is not cut to a terminal's width
+        self.console = Console(width=None if sys.stdout.isatty() else 120)
+        self._progress = Console(stderr=True)
+        self.facts = machine() | facts
+        self._sections: list[Section] = []
+        show_machine(self.console, self.facts)
+
+    def progress(self, line: str) -> None:
+        self._progress.print(f"[dim]{line}[/]", highlight=False)
+
+    def say(self, processes: int) -> Callable[[str], None]:
+        """What prints the progress of a run of so many processes."""
+        return lambda line: self.progress(f"{processes} x {line}")
+
+    def show(self, sections: Iterable[Section]) -> None:
+        for section in sections:
+            show(self.console, section)
+            self._sections.append(section)
+
+    def end(self, benchmark: str, parameters: Mapping[str, Any], path: Path | None) -> None:
+        """The verdict, and everything as JSON if there is a `path` for it."""
+        show_verdict(self.console, self._sections)
+        if path is not None:
+            write_json(path, benchmark, parameters, self.facts, self._sections)
 
 
 def show(console: Console, section: Section) -> None:

@@ -10,33 +10,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import click
 
+from benchmarks import options
 from benchmarks.interleave import Interleaving, Measure, System, fastest
-from benchmarks.options import Parameters, run_options
+from benchmarks.options import SHAPE, TENSOR_BYTES, TensorParameters
 from benchmarks.ranks import Group, run_ranks
 from benchmarks.raw_io import RAW, RawMemory, can_write_directly, raw_system
-from benchmarks.report import (
-    Section,
-    Yardstick,
-    consoles,
-    machine,
-    print_progress,
-    show,
-    show_machine,
-    show_verdict,
-    write_json,
-)
+from benchmarks.report import Report, Section, Yardstick
 from benchmarks.state import NamedTensors, sharded_tensors
 from benchmarks.systems import CKPT, ckpt_system, dcp_system, safetensors_system, torch_save_system
-
-_SHAPE = (2048, 2048)
-"""Of each tensor: 16 MiB of fp32."""
-
-_TENSOR_BYTES = 16 << 20
 
 _TARGETS = {"save": 1.2, "load": 1.5}
 """The most that this project may take, as a ratio to the raw limit."""
@@ -51,11 +36,11 @@ _WHAT = {
 }
 
 
-def rank_main(group: Group, asked: Parameters) -> list[Measure]:
+def rank_main(group: Group, asked: TensorParameters) -> list[Measure]:
     """What each rank runs: its part of the state, and every system on it."""
     group.say(f"filling {asked.tensors} tensors of 16 MiB")
     cuts = (0, 1) if group.size > 1 else (0,)
-    state, *others = sharded_tensors(group, asked.tensors, _SHAPE, seed=asked.seed, dimensions=cuts)
+    state, *others = sharded_tensors(group, asked.tensors, SHAPE, seed=asked.seed, dimensions=cuts)
     columns = others[0] if others else None
     direct = can_write_directly(asked.folder)
     if not direct:
@@ -105,21 +90,15 @@ def sections(processes: int, nbytes: int, measures: Sequence[Measure]) -> list[S
 
 
 @click.command()
-@click.option(
-    "--dir",
-    "folder",
-    type=click.Path(path_type=Path),
-    default=Path(".bench"),
-    show_default=True,
-    help="Where the files go: it decides which disk is measured.",
-)
-@click.option("--processes", type=click.IntRange(1), multiple=True, default=(1, 4), show_default=True)
-@click.option("--size", type=click.IntRange(64), default=1024, show_default=True, help="MiB, in tensors of 16 MiB.")
-@run_options(
-    repetitions=7,
-    only="Run only this system, and the raw limit; repeatable.",
-    quick="256 MiB, 3 repetitions: to see that it runs, not for figures.",
-)
+@options.FOLDER
+@options.PROCESSES
+@options.size(1024)
+@options.repetitions(7)
+@options.SETTLE
+@options.SEED
+@options.only("the raw limit")
+@options.quick("256 MiB, 3 repetitions")
+@options.JSON
 def main(
     folder: Path,
     processes: tuple[int, ...],
@@ -135,32 +114,23 @@ def main(
     if quick:
         size, repetitions = 256, 3
     scratch = folder.absolute() / "save_load"
-    asked = Parameters(
-        tensors=size * 2**20 // _TENSOR_BYTES,
-        tensor_bytes=_TENSOR_BYTES,
+    asked = TensorParameters(
+        tensors=size * 2**20 // TENSOR_BYTES,
         folder=scratch,
         repetitions=repetitions,
         settle=settle,
         seed=seed,
         only=only,
     )
-    console, progress = consoles()
-    facts = machine()
-    show_machine(console, facts)
-    tables: list[Section] = []
+    report = Report()
     try:
         for number in processes:
             scratch.mkdir(parents=True, exist_ok=True)
-            measures = run_ranks(rank_main, number, asked, say=partial(print_progress, progress, number))
-            fresh = sections(number, asked.nbytes, measures)
-            for section in fresh:
-                show(console, section)
-            tables += fresh
+            measures = run_ranks(rank_main, number, asked, say=report.say(number))
+            report.show(sections(number, asked.nbytes, measures))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    show_verdict(console, tables)
-    if json_path is not None:
-        write_json(json_path, "save_load", asked.as_json(processes), facts, tables)
+    report.end("save_load", {"processes": processes, **asked.as_json()}, json_path)
 
 
 if __name__ == "__main__":

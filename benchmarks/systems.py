@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import ckpt
-from benchmarks.durability import sync_path
+from benchmarks.files import sync_path
 from benchmarks.interleave import Load, System, Way
 from benchmarks.ranks import Group
 from benchmarks.state import NamedTensors

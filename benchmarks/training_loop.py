@@ -27,20 +27,11 @@ import torch
 import torch.distributed as dist
 
 import ckpt
+from benchmarks import options
 from benchmarks.async_systems import Saving, Wait, at_once, ckpt_saving, dcp_thread
 from benchmarks.interleave import Measure, Way, quartiles
 from benchmarks.ranks import Group, run_ranks
-from benchmarks.report import (
-    Section,
-    Yardstick,
-    consoles,
-    machine,
-    print_progress,
-    show,
-    show_machine,
-    show_verdict,
-    write_json,
-)
+from benchmarks.report import Report, Section, Yardstick
 from ckpt_cli.demo import model as gpt
 
 _TARGET = 1.05
@@ -50,14 +41,11 @@ FIRST_SAVES = 10
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-@dataclass(frozen=True, slots=True)
-class Parameters:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters(options.Parameters):
     """What was asked for."""
 
-    folder: Path
     steps: int
-    repetitions: int
-    seed: int
     saves: int
 
 
@@ -288,35 +276,30 @@ def first_section(runs: Sequence[Sequence[float]], nbytes: int) -> Section:
 
 
 @click.command()
-@click.option("--dir", "folder", type=click.Path(path_type=Path), default=Path(".bench"), show_default=True)
+@options.FOLDER
 @click.option("--steps", type=click.IntRange(2), default=10, show_default=True)
-@click.option("--repetitions", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@options.repetitions(5)
+@options.SEED
 @click.option("--saves", type=click.IntRange(0), default=0, help="Also count memory and open files over so many saves.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write every time here.")
+@options.JSON
 def main(folder: Path, steps: int, repetitions: int, seed: int, saves: int, json_path: Path | None) -> None:
     """A training loop that saves at every step: torch.save, torch DCP and ckpt against no saving, interleaved."""
-    asked = Parameters(folder.absolute() / "training_loop", steps, repetitions, seed, saves)
-    console, progress = consoles()
-    facts = machine()
-    show_machine(console, facts)
+    asked = Parameters(
+        folder=folder.absolute() / "training_loop", repetitions=repetitions, seed=seed, steps=steps, saves=saves
+    )
+    report = Report()
     try:
-        say = partial(print_progress, progress, 1)
+        say = report.say(1)
         result: Result = run_ranks(rank_main, 1, asked, say=say, children=True)
         firsts = [
             run_ranks(rank_main_of_first_saves, 1, asked, say=say, children=True) for _ in range(asked.repetitions)
         ]
     finally:
         shutil.rmtree(asked.folder, ignore_errors=True)
-    tables = [section(result, asked), first_section(firsts, result.state_bytes)]
-    for table in tables:
-        show(console, table)
+    report.show([section(result, asked), first_section(firsts, result.state_bytes)])
     for line in result.growth:
-        console.print(line)
-    show_verdict(console, tables)
-    if json_path is not None:
-        parameters = {"steps": steps, "repetitions": repetitions, "seed": seed, "saves": saves}
-        write_json(json_path, "training_loop", parameters, facts, tables)
+        report.console.print(line)
+    report.end("training_loop", asked.as_json(), json_path)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""Tensors that can't be read in place: on another device, or to be cast. They pass through two buffers of host memory.
+"""Tensors that can't be read in place: on another device, or to be cast.
 
-While one buffer is copied to a device, by its own queue of work, the other is read into; for CUDA devices the buffers
-are pinned, else such copies would wait. Knows no ranks.
+What is in host memory is cast block by block, right after a block was verified, and so is all that several ranks need.
+What only one rank needs on a device passes through two buffers: while one is copied to the device, by its own queue of
+work, the other is read into; for CUDA devices the buffers are pinned, else such copies would wait. Knows no ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
 
 from ckpt.state.torch_dtypes import from_carrier, torch_dtype
+from ckpt_formats.arrays import AnyArray
 from ckpt_formats.dtypes import DType
 from ckpt_formats.geometry import Box, flat_boxes
+from ckpt_formats.pieces import Sink
 from ckpt_formats.reading import Reader, ReadStats, Request
 
 LARGEST = 64 << 20
@@ -30,6 +34,30 @@ class Bounced(NamedTuple):
     box: Box
     view: torch.Tensor
     """The part's memory: box.sizes, any strides, dtype and device."""
+
+    @property
+    def request(self) -> Request:
+        """To read it block by block."""
+        return Request(self.name, self.box, _Copied(self.view, self.dtype))
+
+
+class _Copied(Sink):
+    """Elements of a stored dtype that torch copies into a tensor of another dtype, or on another device."""
+
+    def __init__(self, view: torch.Tensor, dtype: DType) -> None:
+        self.dtype = dtype.carrier
+        self.shape = tuple(view.shape)
+        self._view = view
+        self._stored = dtype
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> _Copied:
+        return _Copied(self._view[part], self._stored)
+
+    def __setitem__(self, part: tuple[slice, ...] | EllipsisType, elements: AnyArray, /) -> None:
+        stored = from_carrier(elements if elements.flags.aligned else elements.copy(), torch_dtype(self._stored.name))
+        with torch.no_grad():
+            # to devices too, it has read the elements when it returns: they are not in pinned memory
+            self._view[part].copy_(stored)
 
 
 class _Part(NamedTuple):

@@ -216,6 +216,9 @@ class _Load:
         self.received = 0
         self._plan = ReadPlan()
         self._bounced: list[Bounced] = []
+        """What is on devices, if each rank reads for itself."""
+        self._to_devices = ReadPlan()
+        """The same block by block, as ranks share it."""
         self._shares = False
         self._past_cache = True
         self.unexpected: list[str] = []
@@ -249,7 +252,10 @@ class _Load:
         if self._group.world_size == 1 or self.target.missing:
             self._check_names()
         self._check_tensors(saved)
-        self._plan = self.checkpoint.reader.plan(self._in_place(self._bounced))
+        reader = self.checkpoint.reader
+        self._plan = reader.plan(self._to_host(self._bounced))
+        if self._group.world_size > 1:
+            self._to_devices = reader.plan(item.request for item in self._bounced)
 
     def _per_rank_of(self, rank: int) -> dict[str, Any]:
         """Path -> decoded value of what a rank saved as its own."""
@@ -261,15 +267,15 @@ class _Load:
 
         With pipeline stages, each rank has only some of the checkpoint's names.
         """
-        cost = (0, 0) if failure is not None else (self._plan.bytes_covered, self._bounced_bytes())
-        question, covered, bounced = self._group.tally(failure, bool(self.unexpected), *cost)
+        covered = 0 if failure is not None else self._plan.bytes_covered + self._to_devices.bytes_covered
+        question, covered = self._group.tally(failure, bool(self.unexpected), covered)
         if self._group.world_size == 1:
             return
         # more than there is: several ranks need the same blocks. All know that, so who shares nothing asks nobody
         most = SHARED * self._stored() + LITTLE
         self._shares = covered > most
         # what others of this node read too is left to them in the page cache
-        self._past_cache = covered + bounced <= most
+        self._past_cache = not self._shares
         if not question:
             return
 
@@ -281,9 +287,6 @@ class _Load:
         mine = json.dumps(self.unexpected).encode()
         self.unexpected = json.loads(self._group.exchange(mine, None, common))
         self._check_names()
-
-    def _bounced_bytes(self) -> int:
-        return sum(item.box.numel * item.dtype.itemsize for item in self._bounced)
 
     def _stored(self) -> int:
         """Bytes of all tensors below the entries of the state, whichever ranks need them."""
@@ -350,8 +353,10 @@ class _Load:
     def read(self) -> None:
         """Read everything that this rank holds into its live memory."""
         manifest, reader = self.checkpoint.manifest, self.checkpoint.reader
-        plan = self._plan
+        plan, devices = self._plan, {item.view.device for item in self._bounced if item.view.is_cuda}
         if self._shares:
+            plan.add_all(self._to_devices)
+            self._bounced.clear()
             shared = share(
                 self._group,
                 reader,
@@ -366,13 +371,15 @@ class _Load:
                 stats, self.received, plan = shared
                 self._add(stats)
         self._add(reader.execute(plan, threads=_threads(), buffers=self._buffers, past_cache=self._past_cache))
+        for device in devices if self._shares else ():
+            torch.cuda.synchronize(device)
         self.stats.bytes_needed = self._plan.bytes_needed
         self._add(
             read_bounced(reader, self._bounced, threads=_threads(), buffers=self._buffers, past_cache=self._past_cache)
         )
 
-    def _in_place(self, bounced: list[Bounced]) -> Iterator[Request]:
-        """What can be read straight into live memory; the rest goes to `bounced`."""
+    def _to_host(self, bounced: list[Bounced]) -> Iterator[Request]:
+        """What goes to host memory, straight where that can be; the rest goes to `bounced`."""
         tensors, aliases = self.checkpoint.manifest.tensors, self.checkpoint.manifest.aliases
         for local in self.target.tensors.values():
             name = local.name
@@ -384,8 +391,12 @@ class _Load:
                 view = piece.view
                 if same and view.is_cpu and not (view.is_conj() or view.is_neg()):
                     yield Request(name, piece.box, as_carrier(view))
+                    continue
+                copied = Bounced(name, meta.dtype, piece.box, view)
+                if view.is_cpu:
+                    yield copied.request
                 else:
-                    bounced.append(Bounced(name, meta.dtype, piece.box, view))
+                    bounced.append(copied)
 
     def _add(self, stats: ReadStats) -> None:
         self.stats.bytes_read += stats.bytes_read

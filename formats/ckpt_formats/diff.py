@@ -291,8 +291,8 @@ class _Comparison:
             return
         self._a.read(batch.of_a)
         self._b.read(batch.of_b)
-        for one, other in zip(batch.of_a, batch.of_b, strict=True):
-            tallies[one.name].add(one.box, one.into, other.into)
+        for one, (a, b) in zip(batch.of_a, batch.arrays, strict=True):
+            tallies[one.name].add(one.box, a, b)
         self.done += batch.nbytes
         if self._progress is not None:
             self._progress(self.done, total)
@@ -304,12 +304,15 @@ class _Batch:
 
     of_a: list[Request] = field(default_factory=list)
     of_b: list[Request] = field(default_factory=list)
+    arrays: list[tuple[AnyArray, AnyArray]] = field(default_factory=list)
+    """What they are read into."""
     nbytes: int = 0
 
     def add(self, item: _Work, box: Box) -> None:
-        for side in (self.of_a, self.of_b):
-            into: AnyArray = np.empty(box.sizes, dtype=item.meta.dtype.carrier)
-            side.append(Request(item.name, box, into))
+        a, b = (np.empty(box.sizes, dtype=item.meta.dtype.carrier) for _ in range(2))
+        self.of_a.append(Request(item.name, box, a))
+        self.of_b.append(Request(item.name, box, b))
+        self.arrays.append((a, b))
         self.nbytes += box.numel * item.meta.dtype.itemsize
 
 

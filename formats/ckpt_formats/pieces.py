@@ -7,15 +7,57 @@ elements belong. Knows no files.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from operator import itemgetter
-from typing import NamedTuple
+from types import EllipsisType
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
 from ckpt_formats.arrays import AnyArray
 from ckpt_formats.geometry import Box, flat_boxes
 from ckpt_formats.manifest import TensorMeta
+
+
+class Sink(ABC):
+    """What takes elements in the place of memory for them, to cast them or to bring them elsewhere.
+
+    Attributes:
+        dtype: the carrier dtype of what it takes.
+        shape: of what it takes.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @abstractmethod
+    def __getitem__(self, part: tuple[slice, ...], /) -> Sink:
+        """A part of it."""
+
+    @abstractmethod
+    def __setitem__(self, part: tuple[slice, ...] | EllipsisType, elements: AnyArray, /) -> None:
+        """Take the elements of a part, which are in memory that has other elements afterwards. In any thread."""
+
+
+Into = AnyArray | Sink
+
+
+def in_one_piece(into: Into) -> TypeGuard[AnyArray]:
+    """Whether it is contiguous memory."""
+    return not isinstance(into, Sink) and into.flags.c_contiguous
 
 
 class Request(NamedTuple):
@@ -26,7 +68,7 @@ class Request(NamedTuple):
 
     name: str
     box: Box
-    into: AnyArray
+    into: Into
 
 
 class Piece(NamedTuple):
@@ -45,7 +87,7 @@ class Piece(NamedTuple):
     chunk: Box
     wanted: Box | None
     """The wanted part of the chunk in global coordinates; None for all of it, and then `into` has the chunk's shape."""
-    into: AnyArray
+    into: Into
     origin: tuple[int, ...]
     """Global coordinates of into[0, …, 0]."""
 
@@ -121,8 +163,8 @@ def clip(piece: Piece, low: int, high: int) -> Piece:
     if (low, high) == (first, last):
         return piece
     into = piece.into
-    if piece.wanted is None:
-        # of more than one block, and so contiguous
+    if piece.wanted is None and in_one_piece(into):
+        # what is not has one block at most
         itemsize = piece.meta.dtype.itemsize
         into = into.reshape(-1).view(piece.meta.dtype.carrier)[(low - first) // itemsize : (high - first) // itemsize]
     shift = low - first

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from ckpt_formats.arrays import AnyArray
 from ckpt_formats.codecs import RAW, require_known
 from ckpt_formats.geometry import Box, flat_boxes, flat_hull
 from ckpt_formats.grid import grid_of
 from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import ChunkRows, Manifest, TensorMeta
-from ckpt_formats.pieces import EncodedPiece, Piece, Request, position
+from ckpt_formats.pieces import EncodedPiece, Into, Piece, Request, in_one_piece, position
 
 SPAN = 8 << 20
 """Bytes read at once, and the size of each thread's staging buffer."""
@@ -60,10 +59,17 @@ class ReadPlan:
         """Put a piece with those that are read in the same way."""
         if isinstance(piece, EncodedPiece):
             self.encoded.append(piece)
-        elif piece.wanted is None and piece.into.nbytes >= DIRECT and piece.into.flags.c_contiguous:
+        elif piece.wanted is None and piece.into.nbytes >= DIRECT and in_one_piece(piece.into):
             self.direct.append(piece)
         else:
             self.staged.append(piece)
+
+    def add_all(self, other: ReadPlan) -> None:
+        """Put another plan's pieces with these. Leaves the other as it is."""
+        for piece in other.pieces():
+            self.add(piece)
+        self.bytes_needed += other.bytes_needed
+        self.sort()
 
     def sort(self) -> None:
         for pieces in (self.direct, self.staged, self.encoded):
@@ -167,7 +173,7 @@ class Planner:
         row: int,
         chunk: Box,
         part: Box,
-        into: AnyArray,
+        into: Into,
         origin: tuple[int, ...],
         plan: ReadPlan,
     ) -> None:
@@ -183,7 +189,7 @@ class Planner:
             if length <= block_size and length < DIRECT:
                 plan.staged.append(Piece(source, start, start + length, meta, row, 0, chunk, None, target, origin))
                 return
-            if target.flags.c_contiguous:
+            if in_one_piece(target):
                 flat = target.reshape(-1)
                 itemsize = meta.dtype.itemsize
                 # whole blocks, whatever their size
@@ -206,13 +212,13 @@ class Planner:
         row: int,
         chunk: Box,
         part: Box,
-        into: AnyArray,
+        into: Into,
         origin: tuple[int, ...],
     ) -> Iterable[EncodedPiece]:
         block_size, itemsize = self._manifest.block_size, meta.dtype.itemsize
         nbytes = chunk.numel * itemsize
         target = into if into.shape == part.sizes else into[part.relative_to(origin).slices()]
-        if part == chunk and target.flags.c_contiguous:
+        if part == chunk and in_one_piece(target):
             flat = target.reshape(-1)
             span = max(SPAN - SPAN % block_size, block_size)
             for first in range(0, nbytes, span):

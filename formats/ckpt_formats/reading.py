@@ -34,7 +34,7 @@ from ckpt_formats.geometry import Box
 from ckpt_formats.locations import LocationMap, Places
 from ckpt_formats.manifest import Manifest, TensorMeta
 from ckpt_formats.memory import scratch
-from ckpt_formats.pieces import EncodedPiece, Piece, Request, bytes_of, scatter, stop_of
+from ckpt_formats.pieces import EncodedPiece, Piece, Request, bytes_of, in_one_piece, scatter, stop_of
 from ckpt_formats.read_plan import DIRECT, SPAN, Pages, PageTable, Planner, ReadPlan
 from ckpt_formats.sources import PAGE, ByteSource, on_device
 
@@ -197,8 +197,9 @@ class Reader:
         if isinstance(first, EncodedPiece):
             self._run_encoded(first, staging)
             return
-        if len(task) == 1 and first.wanted is None and first.into.nbytes >= DIRECT and first.into.flags.c_contiguous:
-            self._run_direct(first, staging)
+        into = first.into
+        if len(task) == 1 and first.wanted is None and into.nbytes >= DIRECT and in_one_piece(into):
+            self._run_direct(first, into, staging)
             return
         start, stop = first.start, max(map(stop_of, task))
         try:
@@ -235,13 +236,13 @@ class Reader:
             part = whole[begin // dtype.itemsize : end // dtype.itemsize]
             into[...] = part if into.ndim == 1 else part.reshape(into.shape)
 
-    def _run_direct(self, piece: Piece, staging: Staging) -> None:
-        view = bytes_of(piece.into)
+    def _run_direct(self, piece: Piece, into: AnyArray, staging: Staging) -> None:
+        view = bytes_of(into)
         source = self._locations.sources[piece.source]
         step = self._manifest.block_size
         try:
             if staging.past_cache:
-                if self._read_straight(piece, view, source):
+                if into.ctypes.data % PAGE == 0 and self._read_straight(piece, view, source):
                     return
                 arrived = staging.read(source, piece.start, piece.stop)
                 for at in range(0, len(view), step):
@@ -258,8 +259,8 @@ class Reader:
             self._alternatives(piece, Staging())
 
     def _read_straight(self, piece: Piece, view: memoryview, source: ByteSource) -> bool:
-        """Read past the page cache into where it belongs, if memory and file are aligned for that; whether it was."""
-        if (piece.start | piece.stop | piece.into.ctypes.data) % PAGE or not on_device(source):
+        """Read past the page cache into where it belongs, aligned memory, if the file is too; whether it was."""
+        if (piece.start | piece.stop) % PAGE or not on_device(source):
             return False
         if source.read_past_cache(piece.start, piece.stop, view) is None:
             return False
@@ -267,14 +268,16 @@ class Reader:
         return True
 
     def _run_encoded(self, piece: EncodedPiece, staging: Staging) -> None:
-        view = bytes_of(piece.into) if piece.wanted is None else staging.view(piece.stop - piece.start)
+        into = piece.into
+        straight = bytes_of(into) if piece.wanted is None and in_one_piece(into) else None
+        view = staging.view(piece.stop - piece.start) if straight is None else straight
         places = self._locations.places(piece.meta.page)[0]
         try:
             self._decode(piece, view, 0, places, staging)
         except CorruptionError:
             self._alternatives(piece, Staging())
             return
-        if piece.wanted is not None:
+        if straight is None:
             scatter(piece, view)
 
     def _decode(self, piece: Piece, view: memoryview, at: int, places: Places, staging: Staging) -> None:

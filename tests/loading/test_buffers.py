@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ckpt
+from ckpt.loading.bounce import Bounced, read_bounced
 from ckpt_formats.checkpoint import open_checkpoint
 from ckpt_formats.errors import CorruptionError
 from ckpt_formats.geometry import Box
@@ -140,6 +141,20 @@ def test_larger_tensors_than_buffers_are_cast_in_parts(tmp_path: Path) -> None:
     ckpt.load({"m": target}, tmp_path / "a", cast=True, buffers=0)
     for name, tensor in saved.items():
         assert torch.equal(target[name], tensor.double())
+
+
+def test_what_passes_through_two_buffers_in_parts_is_the_same(tmp_path: Path) -> None:
+    saved = {"a": torch.rand(700, 1999), "b": torch.rand(3), "c": torch.rand(5, 7, 11), "s": torch.tensor(3.5)}
+    ckpt.save(saved, tmp_path / "a")  # type: ignore[arg-type]
+    views = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in saved.items()}
+    views["a"] = torch.zeros(1999, 700, dtype=torch.float64).t()
+    with open_checkpoint(str(tmp_path / "a")) as checkpoint:
+        tensors = checkpoint.manifest.tensors
+        items = [Bounced(n, tensors[n].dtype, Box.whole(tensors[n].shape), view) for n, view in views.items()]
+        stats = read_bounced(checkpoint.reader, items, threads=2, buffers=0, past_cache=False)
+    assert stats.bytes_needed == sum(tensor.nbytes for tensor in saved.values())
+    for name, tensor in saved.items():
+        assert torch.equal(views[name], tensor.double())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -77,6 +77,43 @@ def test_rows_are_loaded_into_columns_and_every_block_is_read_once(compress: boo
     assert max(read for read, _ in costs) <= 0.6 * stored
 
 
+def casts(rank: int, world: int, path: Path, compress: bool) -> int:
+    share_everything()
+    ckpt.save({"m": cut(world, 0)}, path, compress=compress)
+    dtypes = {"w0": torch.bfloat16, "w1": torch.float64, "half2": torch.float32, "norm1": torch.float16}
+    target = {n: t.to(dtypes.get(n, t.dtype)) for n, t in cut(world, 1, zero=True).items()}
+    # one that lies otherwise in memory than on disk, and has to be cast too
+    target["w2"] = DTensor.from_local(
+        torch.zeros(COLUMNS // world, ROWS, dtype=torch.float64).t(), init_device_mesh("cpu", (world,)), [Shard(1)]
+    )
+    result = ckpt.load({"m": target}, path, cast=True)
+    assert_equal(target, {n: t.to(target[n].dtype) for n, t in cut(world, 1).items()})
+    return result.bytes_read
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_what_is_cast_is_read_once_too(compress: bool, tmp_path: Path) -> None:
+    costs = run_ranks(casts, 4, tmp_path / "a", compress)
+    stored = sum(file.stat().st_size for file in (tmp_path / "a" / "data").iterdir())
+    assert sum(costs) <= 1.05 * stored
+
+
+def to_device(rank: int, world: int, path: Path) -> int:
+    share_everything()
+    model = {f"w{index}": whole(index) for index in range(3)}
+    ckpt.save({"m": model}, path)
+    target = {name: torch.zeros_like(tensor, device="cuda") for name, tensor in model.items()}
+    target["w1"] = torch.zeros(COLUMNS, ROWS, device="cuda", dtype=torch.float64).t()
+    result = ckpt.load({"m": target}, path, cast=True)
+    assert_equal({name: tensor.cpu().float() for name, tensor in target.items()}, model)
+    return result.bytes_read
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_every_rank_has_on_a_device_is_read_by_one(tmp_path: Path) -> None:
+    assert sum(run_ranks(to_device, 2, tmp_path / "a")) <= 1.05 * 3 * ROWS * COLUMNS * 4
+
+
 def replicated(rank: int, world: int, path: Path) -> tuple[int, int]:
     share_everything()
     model = {f"w{index}": whole(index) for index in range(4)}

@@ -146,12 +146,18 @@ def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> L
     except Exception as error:  # noqa: BLE001 - as above
         failure = _half_loaded(error)
     with operation.phase("agree"):
-        try:
-            group.agree(failure)
-        except RankError as error:
-            raise _half_loaded(error) from error.__cause__
+        together = _agree(group, failure, question=load.fallible)
     with operation.phase("apply"):
-        load.apply()
+        try:
+            load.apply()
+        except Exception as error:
+            if not together:
+                raise
+            failure = _half_loaded(error)
+        if together:
+            # else others would wait for this rank, in what is collective of `refresh` or in what follows the load
+            _agree(group, failure)
+        load.target.refresh()
     target, stats = load.target, load.stats
     return LoadResult(
         path=folder,
@@ -167,6 +173,14 @@ def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> L
         per_rank_derived=target.per_rank_derived,
         still_meta=load.still_meta,
     )
+
+
+def _agree(group: Collective, failure: BaseException | None, *, question: bool = False) -> bool:
+    """As Collective.agree, when tensors may have been overwritten."""
+    try:
+        return group.agree(failure, question=question)
+    except RankError as error:
+        raise _half_loaded(error) from error.__cause__
 
 
 def _named(error: Exception, folder: str) -> Exception:
@@ -298,6 +312,12 @@ class _Load:
     def still_meta(self) -> Sequence[str]:
         """Buffers that are on the meta device still."""
         return self._made.left if self._made is not None else ()
+
+    @property
+    def fallible(self) -> bool:
+        """Whether `apply` may fail on this rank alone."""
+        others = self.checkpoint.manifest.per_rank_world_size not in (0, self._group.world_size)
+        return others or self.target.fallible
 
     def untouched(self) -> None:
         """Leave the state as it was before `plan`."""

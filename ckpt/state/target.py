@@ -55,12 +55,22 @@ class Target:
         self.per_rank_skipped: list[str] = []
         self.per_rank_derived: list[str] = []
         self._live: Mapping[str, torch.Tensor] = {}
-        self._parts: list[_Module | OptimizerTarget | _Stateful | _Value | _DeepSpeed] = []
+        self._parts: list[_Module | OptimizerTarget | _Stateful | _Value] = []
+        self._deepspeed = _DeepSpeed([], [])
+
+    @property
+    def fallible(self) -> bool:
+        """Whether `apply` calls what others have written, which may fail on this rank alone, or `refresh` has work."""
+        return bool(self._deepspeed) or any(
+            isinstance(part, _Stateful) or (isinstance(part, _Module) and (part.custom or part.extra))
+            for part in self._parts
+        )
 
     def apply(
         self, values: Mapping[str, Any], per_rank: Mapping[str, Any] | None, others: Others | None = None
     ) -> None:
-        """Attach what was made and restore all values; call it once, when the bytes of all tensors have arrived.
+        """Attach what was made and restore all values; call it once, when the bytes of all tensors have arrived, and
+        `refresh` after it.
 
         Args:
             values: path -> decoded value, as in the `SavedState`.
@@ -73,6 +83,10 @@ class Target:
             part.apply(given)
         self.per_rank_skipped = given.skipped
         self.per_rank_derived = given.derived
+
+    def refresh(self) -> None:
+        """Have DeepSpeed make what it computes with anew: collective, so first `apply` has to succeed on all ranks."""
+        self._deepspeed.refresh()
 
 
 @collector.paused()
@@ -176,7 +190,10 @@ class _DeepSpeed:
         self.masters = masters
         self.stage3 = stage3
 
-    def apply(self, _: Given) -> None:
+    def __bool__(self) -> bool:
+        return bool(self.masters or self.stage3)
+
+    def refresh(self) -> None:
         for masters in self.masters:
             masters.refresh()
         drop_gathered_by_stage3(self.stage3)
@@ -370,7 +387,7 @@ class _Matching:
     def finish(self) -> Target:
         """What was matched, as a target."""
         target, saved, inventory = self._target, self._saved, self._inventory
-        target._parts.append(_DeepSpeed(self._masters, self._stage3))
+        target._deepspeed = _DeepSpeed(self._masters, self._stage3)
         tied: dict[str, list[str]] = {}
         for alias, name in inventory.local.aliases.items():
             tied.setdefault(name, []).append(alias)

@@ -23,7 +23,7 @@ from torch import nn
 import ckpt
 from ckpt.agent.fence import Fence
 from ckpt.state import flatten
-from ckpt_formats.errors import DtypeMismatchError, StateError
+from ckpt_formats.errors import DtypeMismatchError, RankError, StateError
 from tests.docs.test_parallelism import DEEPSPEED
 from tests.docs.test_parallelism import Model as Documented
 from tests.loading import cuts
@@ -374,6 +374,41 @@ def tied_on(rank: int, world: int, folder: str) -> None:
             with pytest.raises(StateError, match="put the engine into the state in place of its module"):
                 ckpt.save({"model": made.module}, f"{folder}/never")
         made.destroy()
+
+
+class Fragile:
+    """What can't be restored on the second rank."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def load_state_dict(self, _: dict[str, int]) -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("a sampler of another data set")
+
+
+def fail_on_one(rank: int, world: int, folder: str) -> list[str]:
+    quiet()
+    heard = []
+    for name in ("stage1", "stage3"):
+        run = engine(name, 7)
+        state = {"model": run.model, "optimizer": run.optimizer, "sampler": Fragile()}
+        ckpt.save(state, f"{folder}/{name}")
+        with pytest.raises((ValueError, RankError), match="a sampler of another data set") as caught:
+            ckpt.load(state, f"{folder}/{name}")
+        heard.append(f"{type(caught.value).__name__} {caught.value}")
+        # the ranks are not apart: nobody is in a collective that others left
+        ckpt.load({"model": run.model, "optimizer": run.optimizer}, f"{folder}/{name}")
+        run.model.destroy()
+    return heard
+
+
+def test_what_can_not_be_restored_on_one_rank_is_an_error_on_all_before_deepspeed_waits_for_it(tmp_path: Path) -> None:
+    first, second = run_ranks(fail_on_one, 2, str(tmp_path))
+    for mine, others in zip(second, first, strict=True):
+        assert mine == "ValueError a sampler of another data set"
+        assert others.startswith("RankError rank 1: ValueError: a sampler of another data set")
+        assert "may have been overwritten" in others
 
 
 def test_tied_and_frozen_parameters_and_weights_alone_and_the_documented_example(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ import math
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -43,6 +45,7 @@ BLOB = 256
 """Bytes of per-rank values of each rank."""
 ATTEMPT = "0123456789abcdef"
 TP, PP = 8, 8
+_LIMIT_S = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,28 +196,31 @@ def peak() -> float:
 
 def run(simulated: Simulated, folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """Commit, then load as the first, a middle and a late rank."""
-    yield "commit", _apart("make", simulated, folder)
-    for rank in sorted({0, simulated.ranks // 3, simulated.ranks // 2 - 1}):
-        yield f"rank {rank}", _apart("load", simulated, folder, rank)
+    ranks = sorted({0, simulated.ranks // 3, simulated.ranks // 2 - 1})
+    command = [sys.executable, "-m", "benchmarks.scale", "--steps", json.dumps([asdict(simulated), str(folder), ranks])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for name, line in zip(["commit", *(f"rank {rank}" for rank in ranks)], process.stdout, strict=False):
+            yield name, json.loads(line)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
-def _apart(what: str, simulated: Simulated, folder: Path, rank: int = 0) -> dict[str, float]:
-    """Run one step in a process of its own, on one CPU, and return what it measured."""
-    given = json.dumps([what, asdict(simulated), str(folder), rank])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scale", "--step", given], stdout=subprocess.PIPE, check=True, timeout=600
-    )
-    measured: dict[str, float] = json.loads(done.stdout)
-    return measured
-
-
-def _step(given: str) -> None:
-    what, simulated, folder, rank = json.loads(given)
+def _steps(given: str) -> None:
+    """Print what each step measures, in a process of its own that is forked from this one, on one CPU."""
+    simulated, folder, ranks = json.loads(given)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     asked = Simulated(**simulated)
-    print(json.dumps(make(asked, Path(folder)) if what == "make" else load(asked, Path(folder), rank)))
+    for step in (partial(make, asked, Path(folder)), *(partial(load, asked, Path(folder), rank) for rank in ranks)):
+        child = os.fork()
+        if not child:
+            signal.alarm(_LIMIT_S)
+            print(json.dumps(step()), flush=True)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(1)
 
 
 @click.command()
@@ -223,11 +229,11 @@ def _step(given: str) -> None:
 @click.option("--cut", type=click.Choice(["fsdp", "mesh"]), default="fsdp", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to write; default a temporary folder.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the numbers there, too.")
-@click.option("--step", hidden=True)
-def main(ranks: int, tensors: int, cut: str, folder: Path | None, file: Path | None, step: str | None) -> None:
+@click.option("--steps", hidden=True)
+def main(ranks: int, tensors: int, cut: str, folder: Path | None, file: Path | None, steps: str | None) -> None:
     """Simulate the manifest of a very large checkpoint."""
-    if step is not None:
-        _step(step)
+    if steps is not None:
+        _steps(steps)
         return
     simulated = Simulated(ranks, tensors, cut)
     print(f"SIMULATION: {ranks} ranks, {tensors} tensors, cut {cut}; no rank runs, data files are holes; one CPU")

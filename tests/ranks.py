@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -145,11 +145,18 @@ class _Rank:
         self.messages.close()
 
 
-@functools.cache
-def _fork_server() -> ForkServerContext:
-    """Start the server that ranks are forked from, and wait until it has imported what they need."""
+def start_server() -> ForkServerContext:
+    """Start the server that ranks are forked from, if it does not run, and do not wait for what it imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    forkserver.ensure_running()
+    return context
+
+
+@functools.cache
+def _fork_server() -> ForkServerContext:
+    """The server that ranks are forked from, when it has imported what they need."""
+    context = start_server()
     first = context.Process(target=_nothing, name="fork server's first")
     first.start()
     first.join(_SERVER_START_S)

@@ -77,6 +77,12 @@ class Checkpointer:
             once if there is no more. It is made on entering, so that the first save is as fast as the others.
         process_group: the ranks that take part; the default group when there is one, else this process alone.
 
+    Raises:
+        ConfigurationError: an option means nothing, or contradicts another.
+        StateError: `state` has an entry of the name that the Checkpointer's own has.
+        SaveFailedError, CorruptionError, StateMismatchError, RankError and others of `ckpt.load`: on entering, when
+            nothing can be saved in the run's folder, all that is there is damaged, or it does not fit `state`.
+
     Attributes:
         path: the run's folder.
         step: the last step that was completed: of the checkpoint gone on from, then of the loop. 0 before the first.

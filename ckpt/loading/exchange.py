@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import os
 import secrets
 import select
 import socket
@@ -21,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ckpt.loading.node import NODE
 from ckpt.network import keep_alive, own_hosts
 from ckpt_formats.errors import RankError
 
@@ -55,6 +57,8 @@ class _Line:
     """What has come of the head of a message."""
     rest: memoryview | None = None
     """What has yet to come, or to be sent, of the first of `todo`."""
+    since: float = 0.0
+    """When something of `todo` was last taken, or there began to be something."""
 
 
 class Lines:
@@ -64,6 +68,8 @@ class Lines:
         incoming, outgoing: connections, by the rank at the other end.
         coming, going: how many batches come on each, and how many go.
         wake: called when `news` has something.
+        patience: seconds in which each that gets batches has to take some bytes.
+        homes: the nodes of ranks, by rank.
     """
 
     def __init__(
@@ -73,11 +79,15 @@ class Lines:
         coming: Mapping[int, int],
         going: Mapping[int, int],
         wake: Callable[[], None],
+        patience: float,
+        homes: Mapping[int, str],
     ) -> None:
         self._in = {rank: _Line(rank, line, True, coming[rank]) for rank, line in incoming.items()}
         self._out = {rank: _Line(rank, line, False, going[rank]) for rank, line in outgoing.items()}
         self._by_fd = {line.connection.fileno(): line for line in (*self._in.values(), *self._out.values())}
         self._wake = wake
+        self._patience = patience
+        self.homes = homes
         self._news: deque[tuple[bool, int]] = deque()
         self._asked: deque[tuple[_Line, int, memoryview]] = deque()
         self._error: Exception | None = None
@@ -139,7 +149,8 @@ class Lines:
             for line in self._by_fd.values():
                 self._watch(line)
             while self._until is None:
-                for fd, _ in self._poll.poll():
+                self._look_for_frozen()
+                for fd, _ in self._poll.poll(1000 * min(1.0, self._patience / 4)):
                     if fd in self._by_fd:
                         line = self._by_fd[fd]
                         self._come(line) if line.incoming else self._go(line)
@@ -149,6 +160,8 @@ class Lines:
                         self._rung.recv(4096)
                     while self._asked:
                         line, number, memory = self._asked.popleft()
+                        if not line.todo:
+                            line.since = time.monotonic()
                         line.todo.append((number, memory))
                         self._watch(line)
         except Exception as error:  # noqa: BLE001 - `news` raises it
@@ -160,6 +173,18 @@ class Lines:
                 self._rung.recv(4096)
         if self._until:
             self._tell_failure(self._until)
+
+    def _look_for_frozen(self) -> None:
+        """Give up a rank that takes nothing. That a process is frozen, or a node switched off, its end does not say."""
+        now = time.monotonic()
+        for line in self._out.values():
+            if line.todo and now - line.since > self._patience:
+                raise RankError(
+                    f"rank {line.rank} on node {self.homes[line.rank]} has taken nothing of what this node passes on "
+                    f"to it for {self._patience:g} s: its process is frozen, its node is switched off, or it waits for "
+                    "another; start the ranks anew",
+                    rank=line.rank,
+                )
 
     def _watch(self, line: _Line) -> None:
         """Poll a line for what it can go on with."""
@@ -243,6 +268,7 @@ class Lines:
                 raise OSError("a message was cut")
             line.rest = data
         count = line.connection.send(line.rest)
+        line.since = time.monotonic()
         self.moved += count
         line.rest = line.rest[count:]
         if not line.rest:
@@ -300,7 +326,13 @@ def _died(line: _Line) -> RankError:
 
 def listen_address(listener: socket.socket) -> bytes:
     """How ranks of other nodes reach a listener, for `connect`."""
-    return json.dumps([own_hosts(), listener.getsockname()[1]]).encode()
+    home = os.environ.get(NODE) or socket.gethostname()
+    return json.dumps([own_hosts(), listener.getsockname()[1], home]).encode()
+
+
+def home_of(address: bytes) -> str:
+    """The name of the node that has an address."""
+    return str(json.loads(address)[2])
 
 
 def connect(
@@ -377,7 +409,7 @@ def _accept(
 
 
 def _reach(rank: int, other: int, tokens: Sequence[bytes], address: bytes, deadline: float) -> socket.socket:
-    hosts, port = json.loads(address)
+    hosts, port, _ = json.loads(address)
     failure = OSError(f"rank {other} has no address")
     for host in hosts:
         left = deadline - time.monotonic()

@@ -22,6 +22,7 @@ from ckpt.collective import Collective, ProcessGroup
 from ckpt.events import Operation
 from ckpt.loading.bounce import Bounced, read_bounced
 from ckpt.loading.exchange import ElsewhereError
+from ckpt.loading.node import patience_s
 from ckpt.loading.sharing import share
 from ckpt.network import over_network
 from ckpt.state import SavedState, SavedTensor, Target, build_target
@@ -239,6 +240,7 @@ class _Load:
 
     def plan(self) -> None:
         """Open the checkpoint and match it with the state. Touches nothing."""
+        patience_s()  # what it refuses, all ranks learn now
         # in a store, one rank holds it for all, until the last has read
         held = self._group.rank == 0 or not is_url(self._path)
         self.checkpoint = self._stack.enter_context(open_checkpoint(self._path, rename=self._rename, held=held))

@@ -8,6 +8,7 @@ are let in. Knows nothing of checkpoints.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import select
@@ -28,8 +29,10 @@ NODE = "CKPT_NODE"
 """The environment variable that names a node; by default its host name does."""
 MEET_S = 30.0
 """Seconds in which ranks of a node connect."""
-STALL_S = 600.0
-"""Seconds without a word from a rank after which it is given up."""
+PATIENCE = "CKPT_PATIENCE_S"
+"""The environment variable that says for how many seconds ranks that wait for each other in a load may get nothing."""
+PATIENCE_S = 180.0
+"""The same by default: longer than the answer of a store may take."""
 _TOKEN = 16
 _SIZES = struct.Struct("<QQ")
 _MESSAGE = struct.Struct("<BIQ")
@@ -67,6 +70,7 @@ class Node:
     """
 
     def __init__(self, index: int, mates: dict[int, Mate], said: list[bytes], own: memoryview) -> None:
+        patience = patience_s()
         self.index = index
         self.mates = mates
         self.said = said
@@ -77,7 +81,7 @@ class Node:
         self._by_line = {mate.line.fileno(): number for number, mate in mates.items()}
         for mate in mates.values():
             mate.line.setblocking(True)
-            mate.line.settimeout(STALL_S)
+            mate.line.settimeout(patience)
             self._poll.register(mate.line, select.POLLIN)
         self._poll.register(self._woken, select.POLLIN)
 
@@ -212,6 +216,18 @@ class Meeting:
             node.close()
             node = None
         return node
+
+
+def patience_s() -> float:
+    """Seconds without anything from a rank that is waited for, after which it is given up. Raises ValueError."""
+    said = os.environ.get(PATIENCE, "")
+    try:
+        seconds = float(said or PATIENCE_S)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"the environment variable {PATIENCE} is {said!r}, which is no number of seconds")
+    return seconds
 
 
 def boot() -> str:

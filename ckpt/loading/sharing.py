@@ -22,8 +22,8 @@ import numpy as np
 from ckpt import network
 from ckpt.collective import Collective
 from ckpt.loading.batches import COLUMNS, MOST, Batch, Extent, make_batches, needs_of
-from ckpt.loading.exchange import ElsewhereError, Lines, connect, listen_address
-from ckpt.loading.node import STALL_S, Meeting, Node
+from ckpt.loading.exchange import ElsewhereError, Lines, connect, home_of, listen_address
+from ckpt.loading.node import Meeting, Node, patience_s
 from ckpt_formats.arrays import Int64Array
 from ckpt_formats.digest import DIGEST_SIZE, digest
 from ckpt_formats.errors import CorruptionError, RankError
@@ -41,6 +41,8 @@ TOLD = 32 << 20
 """Bytes that ranks tell each other of what they need, at most; where it would be more, each node reads for itself."""
 LINES = 256
 """Ranks of other nodes that a rank is connected with at most."""
+_LISTED = 4
+"""Ranks that an error names at most."""
 _READY, _DONE, _FAILED, _BYE = 1, 2, 3, 4
 _SAID = struct.Struct(f"<{DIGEST_SIZE}sQIQQ")
 """What a rank says of itself: digest and bytes of its needs, bytes of its address, the bytes that it needs, and how
@@ -181,7 +183,8 @@ def _lines(
     if not failed:
         try:
             incoming, outgoing = connect(group.rank, listener, meeting.tokens, known.addresses, coming, going)
-            lines = Lines(incoming, outgoing, coming, going, node.wake)
+            homes = {other: home_of(known.addresses[other]) for other in {*coming, *going}}
+            lines = Lines(incoming, outgoing, coming, going, node.wake, patience_s(), homes)
         except OSError:
             # no way through between the nodes
             failed = True
@@ -234,7 +237,6 @@ class _Round:
         """Batches that I read."""
         self._coming = deque(number for number in mine if batches[number].origin is not None)
         """Batches that come to me from other nodes, and have no slot yet."""
-        self._awaited = len(self._coming)
         self._shared = [batch for batch in batches if rank in batch.readers]
         self._queues: dict[int, deque[int]] = {}
         """By rank of another node: the batches that go there, in their order."""
@@ -244,7 +246,11 @@ class _Round:
                 self._queues.setdefault(onward, deque()).append(number)
         self._to_go: set[int] = set()
         """Those of them that I have."""
-        self._expected = sum(batch.taker != rank for batch in self._shared)
+        self._due = {number: batches[number].origin for number in self._coming}
+        """Batches that have yet to come, and which rank has them: one of another node, or of this one."""
+        self._due |= {
+            n: batch.taker for n, batch in enumerate(batches) if rank in batch.readers and batch.taker != rank
+        }
         self._free = deque(range(reading))
         self._free_to_come = deque(range(reading, reading + coming))
         self._slot_of: dict[int, int] = {}
@@ -273,8 +279,8 @@ class _Round:
 
     def _loop(self, pool: ThreadPoolExecutor | None, *, past_cache: bool) -> None:
         running: dict[Future[None], int] = {}
-        heard, carried = time.monotonic(), 0
-        while self._mine or running or self._takers or self._expected or self._awaited:
+        heard, carried, patience = time.monotonic(), 0, patience_s()
+        while self._mine or running or self._takers or self._due:
             moved = False
             while self._coming and self._free_to_come:
                 number, slot = self._coming.popleft(), self._free_to_come.popleft()
@@ -299,20 +305,29 @@ class _Round:
                 owner, number, slot = self._ready.popleft()
                 at = slot * self._slot
                 self._place(self._batches[number], self._node.mates[owner].shared()[at : at + self._slot])
-                self._expected -= 1
+                del self._due[number]
                 self._node.send(owner, _DONE, number)
                 moved = True
             if self._lines is not None:
                 moved = self._exchange(self._lines) or moved
                 moved = moved or self._lines.moved != carried
                 carried = self._lines.moved
-            if self._hear(0.0 if moved else 1.0) or moved:
+            if self._hear(0.0 if moved else min(1.0, patience / 4)) or moved:
                 heard = time.monotonic()
-            elif time.monotonic() - heard > STALL_S and not running:
-                raise RankError(
-                    f"the ranks that rank {self._rank} shares what it reads with did not go on with the load for "
-                    f"{STALL_S:.0f} s; start the ranks anew"
-                )
+            elif time.monotonic() - heard > patience and not running:
+                raise self._stalled(patience)
+
+    def _stalled(self, patience: float) -> RankError:
+        """What to say of those who have passed nothing on for so many seconds."""
+        owing = sorted({rank for rank in self._due.values() if rank is not None})
+        homes = self._lines.homes if self._lines is not None else {}
+        names = [f"rank {rank}" + (f" on node {homes[rank]}" if rank in homes else "") for rank in owing]
+        who = ", ".join(names[:_LISTED]) or f"the other ranks of rank {self._rank}'s node"
+        return RankError(
+            f"rank {self._rank} has got nothing for {patience:g} s of what it shares with {who}: a process is frozen, "
+            "or a node is switched off; start the ranks anew",
+            rank=owing[0] if owing else None,
+        )
 
     def _let_come(self, number: int, slot: int) -> None:
         batch = self._batches[number]
@@ -331,7 +346,7 @@ class _Round:
                 continue
             self._verify(number)
             self.received += self._batches[number].nbytes
-            self._awaited -= 1
+            del self._due[number]
             self._offer(number, self._slot_of[number])
         return bool(news)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,7 @@ def test_nodes_read_for_themselves_what_each_has_at_hand(how: str, tmp_path: Pat
 
 def unreachable(rank: int, world: int, path: Path) -> tuple[int, int]:
     if rank == 1:
-        exchange.listen_address = lambda _: b'[["127.0.0.1"], 1]'  # type: ignore[assignment]
+        exchange.listen_address = lambda _: b'[["127.0.0.1"], 1, "node1"]'  # type: ignore[assignment]
         sharing.listen_address = exchange.listen_address
     exchange.CONNECT_S = 2.0
     return columns(rank, world, path, 1)
@@ -272,6 +273,56 @@ def test_a_rank_that_dies_is_an_error_on_every_other_rank_within_seconds(
     for text, seconds in answers:
         assert "overwritten in part" in text
         assert seconds < 30
+
+
+def freezes(rank: int, world: int, path: Path, when: str) -> str:
+    be_on_a_node(rank, 1)
+    os.environ["CKPT_PATIENCE_S"] = "3"
+    exchange.FLUSH_S = 0.5
+
+    def keep_little(connection: socket.socket) -> None:
+        # as if there were more to pass on than kernels take in
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connection.setsockopt(socket.SOL_SOCKET, option, 1 << 16)
+
+    exchange.keep_alive = keep_little
+    pid = path.parent / "frozen"
+    if rank == 1:
+        left = [3]
+        kind, name = {"reading": (sharing._Round, "_fetch"), "receiving": (exchange.Lines, "_come")}[when]
+        act: Callable[..., Any] = getattr(kind, name)
+
+        def freeze(*arguments: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                pid.write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return act(*arguments, **options)
+
+        setattr(kind, name, freeze)
+    target = {f"w{index}": torch.zeros(ROWS, COLUMNS) for index in range(3)}
+    with pytest.raises(RankError) as caught:
+        ckpt.load({"m": target}, path, exchange="always", strict=False)
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("when", ["reading", "receiving"])
+def test_a_frozen_rank_of_another_node_is_an_error_that_names_it_and_its_node(when: str, tmp_path: Path) -> None:
+    run_ranks(rows_to_columns, 2, tmp_path / "a", False)
+    text, frozen = run_ranks(freezes, 2, tmp_path / "a", when, allow_death=True)
+    assert isinstance(frozen, Killed)
+    assert "rank 1 on node node1" in text
+    assert "for 3 s" in text
+    assert "overwritten in part" in text
+
+
+def test_a_patience_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt.save({"a": torch.zeros(3)}, tmp_path / "a")
+    for said in ("soon", "0", "-1", "inf", "nan"):
+        monkeypatch.setenv("CKPT_PATIENCE_S", said)
+        with pytest.raises(ValueError, match="CKPT_PATIENCE_S"):
+            ckpt.load({"a": torch.zeros(3)}, tmp_path / "a")
 
 
 @given(needs(), st.integers(1, 3), st.sampled_from([8, 16, 40]))

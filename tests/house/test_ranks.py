@@ -69,35 +69,26 @@ def test_a_failure_carries_the_traceback_of_the_rank_that_failed_first(tmp_path:
     _assert_all_gone(tmp_path, 2)
 
 
-def _rank_one_never_returns(rank: int, world_size: int, folder: str) -> None:
+def _one_never_returns_and_one_freezes(rank: int, world_size: int, folder: str) -> None:
     _note_pid(folder)
     if rank == 1:
         _wait_in_a_place_with_a_name()
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _wait_in_a_place_with_a_name() -> None:
     threading.Event().wait()
 
 
-def test_a_hang_is_dumped_and_killed(tmp_path: Path) -> None:
+def test_a_hang_is_dumped_a_frozen_rank_is_named_and_both_are_killed(tmp_path: Path) -> None:
     with pytest.raises(AssertionError) as failure:
-        run_ranks(_rank_one_never_returns, 2, str(tmp_path), timeout=8)
+        run_ranks(_one_never_returns_and_one_freezes, 3, str(tmp_path), timeout=8)
     text = str(failure.value)
-    assert "not done after 8 s: rank 1\n" in text
-    assert "_wait_in_a_place_with_a_name" in text
-    _assert_all_gone(tmp_path, 2)
-
-
-def _rank_one_freezes(rank: int, world_size: int, folder: str) -> None:
-    _note_pid(folder)
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def test_a_frozen_rank_is_named_and_killed(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="rank 1 stands at:\n\\(it does not answer"):
-        run_ranks(_rank_one_freezes, 2, str(tmp_path), timeout=5)
-    _assert_all_gone(tmp_path, 2)
+    assert "not done after 8 s: rank 1, rank 2\n" in text
+    assert "_wait_in_a_place_with_a_name" in text.partition("rank 1 stands at:\n")[2].partition("rank 2 stands at")[0]
+    assert "rank 2 stands at:\n(it does not answer" in text
+    _assert_all_gone(tmp_path, 3)
 
 
 def _rank_one_is_killed(rank: int, world_size: int, folder: str) -> str:

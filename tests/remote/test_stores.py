@@ -86,7 +86,7 @@ def test_an_endpoint_that_is_down() -> None:
 
 
 def test_an_endpoint_that_keeps_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "_SOON_LIMIT_S", 1.0)
+    monkeypatch.setattr(objects, "_SOON_LIMIT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         configure("s3://silent", options(silent.getsockname()[1]))
         assert "does not answer as it should, also after 3 attempts" in _refused("s3://silent/run")

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -114,6 +115,9 @@ class Watch:
             done = act()
         if not fault.survived:
             os.kill(os.getpid(), signal.SIGSTOP if fault.error == FROZEN else signal.SIGKILL)
+            while True:
+                # another thread may have taken the signal, and this one not be stopped yet
+                time.sleep(1)
         elif fault.error:
             raise OSError(fault.error, os.strerror(fault.error), path)
         return done

@@ -208,7 +208,11 @@ def _each(
         short_waits()
     trials = _Trials(rank, Path(place), nodes=nodes, victim=victim)
     for fault in list(faults_of(trials.trace))[every // 2 :: every]:
-        trials.try_out(fault)
+        try:
+            trials.try_out(fault)
+        except BaseException as error:
+            error.add_note(f"in the trial with: {fault}")
+            raise
     return {"spots": len(trials.trace), **trials.counts}
 
 

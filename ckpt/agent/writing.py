@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from ckpt.storage.data_file import BUFFER, WRITERS, Staging, WrittenFile
+from ckpt.storage.data_file import BUFFER, Staging, WrittenFile, writers
 from ckpt.storage.files import ALIGNMENT, Files
 from ckpt_formats.digest import BLOCK_SIZE, Hasher, combine, digest
 from ckpt_formats.geometry import Box
@@ -69,7 +69,7 @@ class FileWriter:
         self._staging = staging
         self._digests = _Digests(captured)
         self._file = files.create(f"{folder}/{captured.path}", direct=captured.size >= ALIGNMENT)
-        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="ckpt-write")
+        self._pool = ThreadPoolExecutor(writers(self._file), thread_name_prefix="ckpt-write")
         self._writes: list[Future[None]] = []
         self._at = 0
 

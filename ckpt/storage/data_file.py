@@ -38,7 +38,12 @@ BUFFER = 8 << 20
 BUFFERS = 4
 """Staging buffers of one process; they bound how far copying runs ahead of writing."""
 WRITERS = 2
-"""Threads that write; more were not faster on the disks that we measured."""
+"""Threads that write directly; more were not faster on the disks that we measured."""
+
+
+def writers(file: File) -> int:
+    """How many threads write to a file: file systems let one writer at a time into a file's cached pages."""
+    return WRITERS if file.direct else 1
 
 
 class Chunk(NamedTuple):
@@ -177,7 +182,7 @@ class _Stream:
 
     def _flush(self) -> None:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="ckpt-write")
+            self._pool = ThreadPoolExecutor(writers(self._file), thread_name_prefix="ckpt-write")
         self._writes.append(self._pool.submit(self._write, self._buffer, self._base, self.at))
         self._held = False  # the writer has it now, and gives it back
         for write in [write for write in self._writes if write.done()]:

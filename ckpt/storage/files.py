@@ -7,7 +7,10 @@ kill at each of them. Knows no checkpoints.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+from contextlib import suppress
+from functools import cache
 from types import TracebackType
 from typing import Self
 
@@ -66,6 +69,25 @@ class File:
         self.close()
 
 
+def _is_memory(fd: int) -> bool:
+    """Whether a file lies in memory, where O_DIRECT is taken and means nothing but a copy."""
+    device = os.fstat(fd).st_dev
+    return (os.major(device), os.minor(device)) in _memory_file_systems()
+
+
+@cache
+def _memory_file_systems() -> set[tuple[int, int]]:
+    """Devices (major, minor) of the tmpfs that are mounted."""
+    found: set[tuple[int, int]] = set()
+    with suppress(OSError, ValueError), open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            fields = line.split()
+            if fields[fields.index("-") + 1] in ("tmpfs", "ramfs"):
+                major, minor = fields[2].split(":")
+                found.add((int(major), int(minor)))
+    return found
+
+
 class Files:
     """The changes a save makes to a mounted file system. All methods raise OSError."""
 
@@ -116,7 +138,11 @@ class Files:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         if direct and hasattr(os, "O_DIRECT"):
             try:
-                return File(path, os.open(path, flags | os.O_DIRECT, 0o666), True)
+                fd = os.open(path, flags | os.O_DIRECT, 0o666)
+                if _is_memory(fd):
+                    fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+                    return File(path, fd, False)
+                return File(path, fd, True)
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise

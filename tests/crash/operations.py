@@ -15,7 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ckpt.storage import files
 from ckpt.storage.files import ALIGNMENT, File, Files
+
+# trials lie in memory to be quick, and are written as disks are
+setattr(files, "_memory_file_systems", frozenset)  # noqa: B010
 
 
 class Operation(NamedTuple):

@@ -246,4 +246,4 @@ def test_levels_of_an_agent_that_comes_to_harm_at_any_point(
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("nodes", "victim"), [(False, 0), (True, 0), (True, 1)])
 def test_levels_of_an_agent_that_freezes_at_any_point(tmp_path: Path, nodes: bool, victim: int) -> None:
-    assert _tried(tmp_path, "agent with levels frozen", freezing, 1, nodes, victim)["points"] > 50
+    assert _tried(tmp_path, "agent with levels frozen", freezing, 1, nodes, victim)["points"] > 40

@@ -346,9 +346,14 @@ def launch(module: str = "ckpt.agent.main", arguments: Sequence[str] = (), keep_
         os.close(ready)
         if other_end >= 0:
             os.close(other_end)
-    # reaped when it ends, should this process live that long
-    threading.Thread(target=process.wait, name="ckpt-agent-reaper", daemon=True).start()
+    threading.Thread(target=_reap, args=(process, home), name="ckpt-agent-reaper", daemon=True).start()
     return os.path.join(home, SOCKET)
+
+
+def _reap(process: subprocess.Popen[bytes], home: str) -> None:
+    """When an agent ends, should this process live that long: if it was killed, its memory is still there."""
+    process.wait()
+    shutil.rmtree(home, ignore_errors=True)
 
 
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -10,6 +10,7 @@ background, and saves a last time when it is told to stop. docs/loop.md.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -177,6 +178,9 @@ class Checkpointer:
                 launcher=launcher(self.path, self.levels, claim), follow=False, memory=self._memory
             )
             stack.callback(self._saver.close)
+            # a program that ends without leaving the block finishes its captures, too
+            stack.callback(atexit.unregister, self._saver.close)
+            atexit.register(self._saver.close)
             self._saver.start(group, self._state)
             if self._lead is not None:
                 self._lead.follow(self._saver, self._saved)

@@ -16,7 +16,7 @@ from ckpt.agent.saver import AsyncSaver
 from tests.agent.test_async_save import until
 
 
-def test_what_a_killed_agent_left_in_memory_is_removed_when_the_next_one_starts(tmp_path: Path) -> None:
+def test_what_a_killed_agent_left_in_memory_is_removed(tmp_path: Path) -> None:
     homes = []
 
     def launcher() -> str:
@@ -29,16 +29,27 @@ def test_what_a_killed_agent_left_in_memory_is_removed_when_the_next_one_starts(
     assert killed._client is not None
     os.kill(killed._client.pid, signal.SIGKILL)
     until(lambda: not killed._client.alive(), "the agent to be gone")
-    assert os.path.exists(homes[1])
+    # the process that started it lives, and looks after that
+    until(lambda: not os.path.exists(homes[1]), "what it has left to be removed")
     # the same saver goes on with another agent
     killed.save({"w": torch.zeros(3)}, tmp_path / "c").wait()
-    assert not os.path.exists(homes[1])
     # and whoever lives is left alone
     living.save({"w": torch.zeros(3)}, tmp_path / "d").wait()
     assert len(homes) == 3
     living.close()
     killed.close()
     until(lambda: not any(map(os.path.exists, homes)), "the agents to end")
+
+
+def test_what_an_agent_left_that_died_with_its_trainer_is_removed_when_the_next_one_starts() -> None:
+    home, lock = make_home()
+    Path(home, "arena-0-1").write_bytes(bytes(4096))
+    os.close(lock)  # as the kernel does
+    other, lock = make_home()
+    # perhaps by somebody else's who starts in this moment
+    until(lambda: not os.path.exists(home), "what was left to be removed")
+    os.close(lock)
+    shutil.rmtree(other)
 
 
 def test_homes_that_are_made_at_the_same_time_leave_each_other_alone() -> None:

@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -240,3 +242,18 @@ def forked_workers(rank: int, world_size: int, folder: str) -> list[int]:
 
 def test_a_run_is_free_again_although_workers_of_a_loader_live_on(tmp_path: Path) -> None:
     assert run_ranks(forked_workers, 1, str(tmp_path)) == [[1, 2, 3, 4, 5, 6]]
+
+
+ENDS = """
+import sys, torch, ckpt
+state = {"large": torch.zeros(1 << 23), "model": (model := torch.nn.Linear(1000, 1000))}
+state["optimizer"] = torch.optim.AdamW(model.parameters())
+run = ckpt.Checkpointer(sys.argv[1], state, every=1)
+run.__enter__()
+assert list(run.steps(2)) == [1, 2]
+"""
+
+
+def test_a_program_that_ends_without_leaving_the_block_finishes_its_captures(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", ENDS, str(tmp_path)], check=True, timeout=120)
+    until(lambda: saved(tmp_path) == [1, 2], "the agent to commit what was captured")

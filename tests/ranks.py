@@ -261,13 +261,13 @@ def _call(index: int, world_size: int, payload: bytes, folder: str) -> Any:
     loopback = "lo" if sys.platform == "linux" else "lo0"
     os.environ.update(environment | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback})
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        store=distributed.FileStore(str(Path(folder, "store")), world_size),
-        rank=index,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout + 60),  # longer than the caller's, whose report shows every stack
-    )
+    store = distributed.FileStore(str(Path(folder, "store")), world_size)
+    patience = timedelta(seconds=timeout + 60)  # longer than the caller's, whose report shows every stack
+    distributed.init_process_group("gloo", store=store, rank=index, world_size=world_size, timeout=patience)
+    if world_size > 1:
+        # who has joined could be gone already, or dead, while another still connects to it, which would then fail
+        store.set(f"joined/{index}", b"")
+        store.wait([f"joined/{rank}" for rank in range(world_size)], patience)
     result = fn(index, world_size, *args)
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -127,7 +127,7 @@ class Follower:
             if save.over or save.failing:
                 return
             save.failing = error is not None
-        if error is not None:
+        if error is not None and not outcome["linked"]:
             if outcome["path"] == save.folder.path:
                 # shared: whoever of all nodes is the last to remove his files removes the folders
                 ours = [made for made in save.folder.made if made not in outcome["made"]]
@@ -138,7 +138,7 @@ class Follower:
             save.committed = bool(outcome["committed"])
             save.bytes, save.seconds = int(outcome["bytes"]), float(outcome["seconds"])
             save.error, save.kind = error, kind
-            published = save.published
+            published = save.published and save.committed
             self._changed.notify_all()
         if published:
             self._follow_up(save)

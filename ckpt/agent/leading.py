@@ -26,7 +26,7 @@ from ckpt.events import Operation, Phase
 from ckpt.events.json_lines import as_json
 from ckpt.saving.commit import Contents, Part, commit
 from ckpt.storage.files import Files
-from ckpt.storage.publish import Folder, discard, remove_folders
+from ckpt.storage.publish import Folder, discard, is_linked, remove_folders
 from ckpt_formats import errors
 from ckpt_formats.errors import CheckpointError, RankError
 from ckpt_formats.native import names
@@ -67,6 +67,8 @@ class Save:
     kind: str = ""
     """The error's class."""
     committed: bool = False
+    linked: bool = False
+    """The manifest has its name: also that of a save that fails later nobody takes back."""
     unpublished: set[str] = field(default_factory=set)
     """Nodes that do not have the root yet, once it is committed."""
     bytes: int = 0
@@ -363,7 +365,7 @@ class Leader:
         }
 
     def _outcome(self, save: Save) -> Message:
-        known = ("committed", "error", "kind", "bytes", "seconds")
+        known = ("committed", "linked", "error", "kind", "bytes", "seconds")
         folder = {"path": save.folder.path, "made": list(save.folder.made)}
         return {"op": "ended", "save": save.attempt, **folder, **{key: getattr(save, key) for key in known}}
 
@@ -373,9 +375,16 @@ class Leader:
             return  # it has failed meanwhile
         try:
             with save.operation.phase("commit"):
-                commit(self._files, save.folder, save.attempt, contents, parts)
-                if save.node_local:
-                    self._spread(save)
+                try:
+                    commit(self._files, save.folder, save.attempt, contents, parts)
+                    save.linked = True
+                except Exception:
+                    # it may be committed all the same, which nodes with disks of their own do not see
+                    save.linked = is_linked(save.folder.path, save.attempt)
+                    raise
+                finally:
+                    if save.linked and save.node_local:
+                        self._spread(save)
         except Exception as error:  # noqa: BLE001 - whatever it is, the trainers learn it
             kind = type(error).__name__ if isinstance(error, CheckpointError) else "SaveFailedError"
             self._fail(save, f"{save.folder.path}: could not be committed: {error}", kind)
@@ -395,12 +404,16 @@ class Leader:
     def _spread(self, save: Save) -> None:
         """It is committed: give the other nodes root and index, so that each folder says what it belongs to."""
         folder = save.folder.path
-        root = read_root(folder)
-        inside = [*(page.path for page in root.pages), names.MANIFEST]
         blobs = []
-        for name in inside:
-            with open(os.path.join(folder, name), "rb") as stream:
-                blobs.append(stream.read())
+        try:
+            root = read_root(folder)
+            inside = [*(page.path for page in root.pages), names.MANIFEST]
+            for name in inside:
+                with open(os.path.join(folder, name), "rb") as stream:
+                    blobs.append(stream.read())
+        except (CheckpointError, OSError) as error:
+            log.warning("%s: committed, but other nodes get no copy of its manifest yet: %s", folder, error)
+            return
         with self._changed:
             save.unpublished = set(self._crew.others) - self._lost
             nodes = list(save.unpublished)

@@ -142,7 +142,7 @@ def _link(files: Files, temporary: str, target: str, path: str) -> None:
         files.link(temporary, target)
     except OSError as error:
         # a network file system may do it, lose the answer, and fail when it tries again
-        if _is_linked(temporary, target):
+        if _are_same(temporary, target):
             return
         if isinstance(error, FileExistsError):
             raise CheckpointExistsError(
@@ -157,7 +157,7 @@ def _link(files: Files, temporary: str, target: str, path: str) -> None:
         raise
 
 
-def _is_linked(temporary: str, target: str) -> bool:
+def _are_same(temporary: str, target: str) -> bool:
     try:
         return os.path.samefile(temporary, target)
     except OSError:
@@ -187,19 +187,23 @@ def _sync_above(files: Files, folder: Folder) -> None:
         path = parent
 
 
+def is_linked(path: str, attempt: str) -> bool:
+    """Whether an attempt has committed the checkpoint at the path; where that can't be told, it may have."""
+    try:
+        return read_root(path).attempt == attempt
+    except CheckpointNotFoundError:
+        return False
+    except (CheckpointError, OSError):
+        return True
+
+
 def discard(files: Files, folder: Folder, attempt: str) -> None:
     """Remove what an attempt that failed has left behind, as far as the file system lets us.
 
     An attempt may fail after its commit (the last sync of the folder, say): then its files are a checkpoint's, and
     stay.
     """
-    try:
-        committed = read_root(folder.path).attempt == attempt
-    except CheckpointNotFoundError:
-        committed = False
-    except (CheckpointError, OSError):
-        committed = True
-    if committed:
+    if is_linked(folder.path, attempt):
         return
     for name in (names.DATA, names.INDEX, ""):
         inside = os.path.join(folder.path, name) if name else folder.path

@@ -65,6 +65,14 @@ def freezing(trace: Sequence[Spot]) -> Iterator[Fault]:
             yield Fault(spot, "before", FROZEN)
 
 
+def late(trace: Sequence[Spot]) -> Iterator[Fault]:
+    """A commit fails when the manifest has its name: the folder can't be synced, or what others are to get not read."""
+    ours = [spot for spot in trace if spot.name == f"node0/first/step_{LAST:08d}" and spot.kind == "sync_folder"]
+    yield Fault(ours[-1], "before", errno.EIO)
+    read = [spot for spot in trace if spot.name.endswith(f"step_{LAST:08d}/manifest.json") and spot.kind == "open"]
+    yield Fault(read[0], "before", errno.EIO)
+
+
 class _Trials:
     """One rank's part in jobs with faults; agents fall under them, trainers stay."""
 
@@ -240,6 +248,10 @@ def test_levels_of_an_agent_that_comes_to_harm_at_any_point(
 ) -> None:
     counts = _tried(tmp_path, f"levels, {'disks of' if nodes else ''} node {victim}", faults_of, every, nodes, victim)
     assert counts["points"] * every > 200
+
+
+def test_nodes_with_disks_of_their_own_keep_their_parts_of_what_failed_after_its_commit(tmp_path: Path) -> None:
+    assert _tried(tmp_path, "late", late, 1, True, 0)["points"] == 2
 
 
 @pytest.mark.soak

@@ -20,12 +20,13 @@ import time
 import weakref
 
 from ckpt_formats.errors import SaveFailedError
+from ckpt_formats.memory import map_at
 
 PAGE = mmap.PAGESIZE
 _FLAGS = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 """Populate: the page faults are taken when the arena is made, not by the first capture."""
-_MAP_FIXED, _NOTHING = 0x10, 0
-"""MAP_FIXED and PROT_NONE of Linux, which the module mmap does not tell."""
+_NOTHING = 0
+"""PROT_NONE of Linux, which the module mmap does not tell."""
 
 
 class Arena:
@@ -133,12 +134,9 @@ def _leave_to_parent() -> None:
     up, but keep its addresses. With MADV_DONTFORK they would be free for what is mapped next, and when the garbage
     collector finds the arena, it unmaps what lies there.
     """
-    library = ctypes.CDLL(None)
-    map_again = library.mmap
-    map_again.restype = ctypes.c_void_p
-    map_again.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_ssize_t]
     for arena, address in list(_mapped.items()):
-        map_again(address, len(arena), _NOTHING, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED, -1, 0)
+        with contextlib.suppress(OSError):
+            map_at(address, len(arena), _NOTHING, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
 
 
 if sys.platform == "linux":

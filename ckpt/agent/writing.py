@@ -135,9 +135,7 @@ class FileWriter:
     def finish(self) -> WrittenFile:
         """Sync the file, and say what is in it. Raises OSError."""
         captured = self._captured
-        for write in self._writes:
-            write.result()
-        self._writes = []
+        self._reap(wait=True)
         if self._at != captured.size:
             raise AssertionError(f"{captured.path}: {self._at} of {captured.size} bytes were written")
         if self._file.direct and captured.size % ALIGNMENT:

@@ -67,10 +67,11 @@ class Node:
         index: this rank's position among them.
         mates: the others, by their positions.
         said: what each said when they met, by position.
+        patience: seconds after which a rank that is waited for is given up.
     """
 
     def __init__(self, index: int, mates: dict[int, Mate], said: list[bytes], own: memoryview) -> None:
-        patience = patience_s()
+        self.patience = patience_s()
         self.index = index
         self.mates = mates
         self.said = said
@@ -81,7 +82,7 @@ class Node:
         self._by_line = {mate.line.fileno(): number for number, mate in mates.items()}
         for mate in mates.values():
             mate.line.setblocking(True)
-            mate.line.settimeout(patience)
+            mate.line.settimeout(self.patience)
             self._poll.register(mate.line, select.POLLIN)
         self._poll.register(self._woken, select.POLLIN)
 

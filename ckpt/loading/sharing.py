@@ -23,7 +23,7 @@ from ckpt import network
 from ckpt.collective import Collective
 from ckpt.loading.batches import COLUMNS, MOST, Batch, Extent, make_batches, needs_of
 from ckpt.loading.exchange import ElsewhereError, Lines, connect, home_of, listen_address
-from ckpt.loading.node import Meeting, Node, patience_s
+from ckpt.loading.node import Meeting, Node
 from ckpt_formats.arrays import Int64Array
 from ckpt_formats.digest import DIGEST_SIZE, digest
 from ckpt_formats.errors import CorruptionError, RankError
@@ -184,7 +184,7 @@ def _lines(
         try:
             incoming, outgoing = connect(group.rank, listener, meeting.tokens, known.addresses, coming, going)
             homes = {other: home_of(known.addresses[other]) for other in {*coming, *going}}
-            lines = Lines(incoming, outgoing, coming, going, node.wake, patience_s(), homes)
+            lines = Lines(incoming, outgoing, coming, going, node.wake, node.patience, homes)
         except OSError:
             # no way through between the nodes
             failed = True
@@ -279,7 +279,7 @@ class _Round:
 
     def _loop(self, pool: ThreadPoolExecutor | None, *, past_cache: bool) -> None:
         running: dict[Future[None], int] = {}
-        heard, carried, patience = time.monotonic(), 0, patience_s()
+        heard, carried, patience = time.monotonic(), 0, self._node.patience
         while self._mine or running or self._takers or self._due:
             moved = False
             while self._coming and self._free_to_come:

@@ -18,7 +18,7 @@ import numpy as np
 HUGE = 2 << 20
 """Bytes of a huge page."""
 _MAP_FIXED = 0x10
-"""Of Linux; the module mmap does not tell it."""
+"""MAP_FIXED of Linux, which the module mmap does not tell."""
 _COLLAPSE = 25
 """MADV_COLLAPSE of Linux 6.1: make pages huge now, whatever the system's defaults are. Others know no such advice."""
 
@@ -45,10 +45,7 @@ def shared(fd: int, size: int, *, fresh: bool = False) -> memoryview:
     """
     # what is mapped over a part of other memory goes with it
     room, at = _room(size)
-    where = _address(room) + at
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    if _map()(where, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) != where:
-        raise OSError(ctypes.get_errno(), "memory can't be mapped")
+    map_at(_address(room) + at, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd)
     view = memoryview(room)[at : at + size]
     if fresh and size >= HUGE:
         # of every huge page there has to be something
@@ -56,6 +53,15 @@ def shared(fd: int, size: int, *, fresh: bool = False) -> memoryview:
         with contextlib.suppress(OSError):
             room.madvise(_COLLAPSE, at, size - size % HUGE)
     return view
+
+
+def map_at(address: int, size: int, protection: int, flags: int, fd: int) -> None:
+    """Map a file, or memory without one (-1), in the place of what this process has mapped at an address. Linux only.
+
+    Raises OSError.
+    """
+    if _map()(address, size, protection, flags | _MAP_FIXED, fd, 0) != address:
+        raise OSError(ctypes.get_errno(), "memory can't be mapped")
 
 
 def _room(size: int) -> tuple[mmap.mmap, int]:

@@ -75,20 +75,19 @@ class RawMemory:
         do. With `parts`, by way of other memory, from where rows of 4 KiB are copied in so many parts: the least where
         ranks with columns share the reading of rows.
         """
-        rooms = np.empty((_IO_BYTES if parts > 1 else 0) // _ROW * _ROW, np.uint8)
+        room = memoryview(bytearray(_IO_BYTES if parts > 1 else 0))
         file = os.open(path, os.O_RDONLY)
         try:
             for begin in range(0, self.nbytes, _IO_BYTES):
                 end = min(begin + _IO_BYTES, self.nbytes)
-                target = memoryview(rooms)[: end - begin] if parts > 1 else self._view[begin:end]
+                target = room[: end - begin] if parts > 1 else self._view[begin:end]
                 for start in range(0, end - begin, _BLOCK):
                     block = target[start : start + _BLOCK]
                     os.preadv(file, [block], begin + start)
                     xxhash.xxh3_128_digest(block)
                 if parts > 1:
-                    source, into = (
-                        a.reshape(-1, parts, _ROW // parts) for a in (rooms[: end - begin], self._array[begin:end])
-                    )
+                    source = np.frombuffer(target, np.uint8).reshape(-1, parts, _ROW // parts)
+                    into = self._array[begin:end].reshape(-1, parts, _ROW // parts)
                     for part in range(parts):
                         into[:, part] = source[:, part]
         finally:

@@ -251,10 +251,12 @@ class Reader:
                     view[at : at + step] = data
                 return
             # read and verified block by block: the block is in the CPU's cache when it is hashed
-            for at in range(0, len(view), step if not self._locations.far else len(view)):
-                data = view[at : at + (step if not self._locations.far else len(view))]
+            step = len(view) if self._locations.far else step
+            table = self._pages.table(piece.meta.page)
+            for at in range(0, len(view), step):
+                data = view[at : at + step]
                 source.read(piece.start + at, piece.start + at + len(data), data)
-                self._verify(piece, data, piece.source, at)
+                self._verify(piece, data, piece.source, at, table=table)
         except CorruptionError:
             self._alternatives(piece, Staging())
 

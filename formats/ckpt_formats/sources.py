@@ -123,11 +123,11 @@ class LocalFile:
             raise self._unreadable(error) from error
 
     def read(self, start: int, stop: int, into: memoryview) -> None:
-        fd = self._open()
+        fd = self._fd if self._fd >= 0 else self._open()
         at = start
         while at < stop:
             try:
-                count = os.preadv(fd, [into[at - start : stop - start]], at)
+                count = os.preadv(fd, [into if at == start else into[at - start :]], at)
             except OSError as error:
                 raise self._unreadable(error) from error
             if count == 0:

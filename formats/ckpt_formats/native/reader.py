@@ -205,7 +205,8 @@ class _SizedSource:
             raise
 
     def read(self, start: int, stop: int, into: memoryview) -> None:
-        self.size()
+        if not self._checked:
+            self.size()
         self._source.read(start, stop, into)
 
     def cached(self, positions: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ Knows no live state: it hands out slots to capture into, and says what became of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -74,12 +75,16 @@ class AgentClient:
         self._name = f"the agent of node {node}, which rank {rank} saves through," if node else "the agent"
         self._arena: MappedArena | None = None
         self._when_mapped = mapped
-        self._channel = Channel.connect(address, ANSWER, self._name)
-        self.pid = int(self._ask({"op": "hello", "rank": rank})["pid"])
-        # closed by the agent, or with it, when no further save can be begun
-        self._watch = Channel.connect(address, ANSWER, self._name)
-        self._watch.send({"op": "watch"})
         self._asides: Channel | None = None
+        self._left = False
+        self._leaving = threading.Lock()
+        with contextlib.ExitStack() as stack:
+            self._channel = stack.enter_context(contextlib.closing(Channel.connect(address, ANSWER, self._name)))
+            self.pid = int(self._ask({"op": "hello", "rank": rank})["pid"])
+            # closed by the agent, or with it, when no further save can be begun
+            self._watch = stack.enter_context(contextlib.closing(Channel.connect(address, ANSWER, self._name)))
+            self._watch.send({"op": "watch"})
+            stack.pop_all()
 
     @classmethod
     def join(
@@ -282,9 +287,15 @@ class AgentClient:
     def aftermath(self) -> Message:
         """How far the agent is with what it does after commits; empty if it does nothing, or does not answer."""
         try:
-            if self._asides is None or self._asides.fileno() < 0:
-                self._asides = Channel.connect(self.address, ANSWER, self._name)
-            return dict(self._asides.ask({"op": "aftermath"}, SILENCE)["aftermath"])
+            asides = self._asides
+            if asides is None or asides.fileno() < 0:
+                asides = Channel.connect(self.address, ANSWER, self._name)
+                with self._leaving:
+                    self._asides = asides
+                    if self._left:
+                        # another thread has left meanwhile
+                        asides.close()
+            return dict(asides.ask({"op": "aftermath"}, SILENCE)["aftermath"])
         except RankError:
             return {}
 
@@ -292,8 +303,10 @@ class AgentClient:
         """Leave: the agent ends when all have left and everything is written."""
         self._channel.close()
         self._watch.close()
-        if self._asides is not None:
-            self._asides.close()
+        with self._leaving:
+            self._left = True
+            if self._asides is not None:
+                self._asides.close()
         # handles of saves refer to this, and would keep the memory
         self._arena = None
 

@@ -319,6 +319,16 @@ def test_memory_that_takes_long_to_make_is_asked_for_until_it_is_there(monkeypat
         agent.close()
 
 
+def test_who_asks_an_agent_that_was_left_opens_nothing() -> None:
+    with contextlib.closing(AgentClient(client.launch(), 0)) as stays:
+        leaves = AgentClient(stays.address, 0)
+        leaves.close()
+        before = os.listdir("/proc/self/fd")
+        # as a thread that looks after the levels does, while the training's leaves
+        assert leaves.aftermath() == {}
+        assert os.listdir("/proc/self/fd") == before
+
+
 def stopped(pid: int) -> bool:
     """Whether each thread of a process stands still."""
     stats = [task.joinpath("stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -59,13 +60,17 @@ def test_a_job_that_was_killed_keeps_its_run_until_its_agent_has_written(tmp_pat
 
 def test_a_forked_process_neither_keeps_a_run_nor_gives_it_back(tmp_path: Path) -> None:
     first = Claim.take(str(tmp_path))
+    lives, says = os.pipe()
     child = os.fork()
     if not child:
         # a data loader's worker that lives on, and one that unwinds its parent's stack
         first.release()
+        os.write(says, b"1")
         time.sleep(60)
         os._exit(0)
     try:
+        # what has not run yet since it was forked off still has all of its parent's
+        assert select.select([lives], [], [], 60)[0]
         with pytest.raises(SaveFailedError, match=f"another job saves into this run, process {os.getpid()}"):
             Claim.take(str(tmp_path), patience=10)
         first.release()
@@ -73,6 +78,8 @@ def test_a_forked_process_neither_keeps_a_run_nor_gives_it_back(tmp_path: Path) 
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(lives)
+        os.close(says)
 
 
 def test_an_agent_that_never_ends_is_told_and_not_waited_for_without_limit(tmp_path: Path) -> None:

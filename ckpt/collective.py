@@ -24,7 +24,7 @@ ProcessGroup = dist.ProcessGroup
 _OK = b"\0"
 _FAILED = b"\1"
 _POLL_S = (2e-5, 0.001)
-"""Seconds between looks whether a reduction is done, at first and later."""
+"""Seconds between looks whether a collective is done, at first and later."""
 _LOOK_S = 0.5
 """Seconds between looks whether a rank that it needs has died."""
 _SHORT = 4096
@@ -90,10 +90,8 @@ class Collective:
         """Every rank's payload in rank order, everywhere; all have the same length."""
         if self.world_size == 1:
             return [payload]
-        mine = self._tensor(payload, len(payload))
-        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
         with self._together():
-            dist.all_gather(everyone, mine, group=self._group)
+            everyone = self._everyone(self._tensor(payload, len(payload)))
         return [self._bytes(tensor, len(payload)) for tensor in everyone]
 
     def piece_together(self, part: bytes, at: int, total: int) -> bytes:
@@ -103,7 +101,7 @@ class Collective:
         parts = torch.zeros(total, dtype=torch.uint8, device=self._device)
         parts[at : at + len(part)] = self._tensor(part, len(part))
         with self._together():
-            self._sum(parts)
+            self._wait(dist.all_reduce(parts, dist.ReduceOp.SUM, group=self._group, async_op=True))
         return self._bytes(parts, total)
 
     def scatter(self, payloads: Sequence[bytes] | None) -> bytes:
@@ -164,7 +162,7 @@ class Collective:
     def agree(self, failure: BaseException | None, *, question: bool = False) -> bool:
         """End a phase without a payload: whether `question` is true on any rank.
 
-        Raises, on every rank, if any rank failed, as `exchange` does. Costs one small reduction when none did.
+        Raises, on every rank, if any rank failed, as `exchange` does. Costs a few bytes there and back when none did.
         """
         return self.tally(failure, question)[0] > 0
 
@@ -176,7 +174,7 @@ class Collective:
             return list(counts)
         sums = torch.tensor([failure is not None, *counts], dtype=torch.int64, device=self._device)
         with self._together():
-            self._sum(sums)
+            sums = self._joined(sums, sums, lambda everyone: everyone.sum(0))
         failed, *totals = sums.tolist()
         if failed:
             self.exchange(b"", failure, lambda _: b"")
@@ -185,16 +183,39 @@ class Collective:
     def give_up(self, why: RankError) -> None:
         """Have every rank that waits in `tally` or `agree` fail too: a rank that is needed there has died.
 
-        A reduction fails soon only on ranks that are connected with the dead one; the others would wait for those.
+        A collective fails soon only on ranks that are connected with the dead one; the others would wait for those.
         """
         store = _store()
         if store is not None:
             with suppress(RuntimeError):
                 store.set(self._dead, json.dumps([why.rank, why.message]))
 
-    def _sum(self, values: torch.Tensor) -> None:
-        """Sum values over the ranks, in place, waiting no longer than all ranks live."""
-        work = dist.all_reduce(values, dist.ReduceOp.SUM, group=self._group, async_op=True)
+    def _everyone(self, mine: torch.Tensor) -> torch.Tensor:
+        """Every rank's tensor, all of one form, in the order of the ranks."""
+        return self._joined(mine, mine.new_empty((self.world_size, *mine.shape)), lambda everyone: everyone)
+
+    def _joined(
+        self, mine: torch.Tensor, answer: torch.Tensor, join: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """What rank 0 makes of everybody's tensors, all of one form, everywhere. `answer` has the form of that.
+
+        On CPUs they go to rank 0 and back: all_gather and all_reduce of Gloo go round in a ring, one step after another
+        for each rank, and each may have to wait for a core.
+        """
+        cpu = self._device.type == "cpu"
+        everyone = mine.new_empty((self.world_size if not cpu or not self.rank else 0, *mine.shape))
+        if not cpu:
+            self._wait(dist.all_gather(list(everyone), mine, group=self._group, async_op=True))
+            return join(everyone)
+        parts = None if self.rank else list(everyone)
+        self._wait(dist.gather(mine, parts, group=self._group, group_dst=0, async_op=True))
+        if not self.rank:
+            answer = join(everyone).contiguous()
+        self._wait(dist.broadcast(answer, group=self._group, group_src=0, async_op=True))
+        return answer
+
+    def _wait(self, work: dist.Work | None) -> None:
+        """Wait for what was begun, no longer than all ranks live."""
         pause, look = _POLL_S[0], time.monotonic() + _LOOK_S
         store = _store()
         while work is not None and not work.is_completed():
@@ -244,10 +265,8 @@ class Collective:
         raise known(f"rank {rank}: {text}", rank=rank)
 
     def _sizes(self, size: int) -> list[int]:
-        mine = torch.tensor([size], dtype=torch.int64, device=self._device)
-        everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(everyone, mine, group=self._group)
-        return [int(n) for n in everyone]
+        everyone: list[int] = self._everyone(torch.tensor(size, dtype=torch.int64, device=self._device)).tolist()
+        return everyone
 
     def _tensor(self, payload: bytes, length: int) -> torch.Tensor:
         buffer = bytearray(length)

@@ -94,16 +94,14 @@ def raw_system(group: Group, saved: Saved) -> LoadingSystem:
 
     def ways(phase: str, memory: RawMemory) -> list[Way]:
         path = paths[id(memory)]
-        # what verifies, or shares reads, can't be faster than these
-        floor = Way("read, hashed", lambda _: memory.read_hashed(path))
-        if phase == "other cut":
-            parts = group.size
-            floor = Way("read, hashed, copied by columns", lambda _: memory.read_hashed(path, parts=parts))
+        parts = group.size if phase == "other cut" else 1
+        # what verifies, or shares reads, can't be faster than this
+        least = "read, hashed, copied by columns" if parts > 1 else "read, hashed"
         return [
             Way("read", lambda _: memory.read(path, threads=1)),
             Way("read, 4 threads", lambda _: memory.read(path, threads=4)),
             Way("O_DIRECT, 4 threads", lambda _: memory.read(path, threads=4, direct=True)),
-            floor,
+            Way(least, lambda _: memory.read_hashed(path, parts=parts)),
         ]
 
     return LoadingSystem(RAW, folder, save, {phase: ways(phase, memory) for phase, memory in saved.raw.items()})

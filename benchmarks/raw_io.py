@@ -77,19 +77,23 @@ class RawMemory:
         """
         room = memoryview(bytearray(_IO_BYTES if parts > 1 else 0))
         file = os.open(path, os.O_RDONLY)
+
+        def move(start: int, stop: int) -> int:
+            target = room[: stop - start] if parts > 1 else self._view[start:stop]
+            moved = 0
+            for at in range(0, stop - start, _BLOCK):
+                block = target[at : at + _BLOCK]
+                moved += os.preadv(file, [block], start + at)
+                xxhash.xxh3_128_digest(block)
+            if parts > 1:
+                source = np.frombuffer(target, np.uint8).reshape(-1, parts, _ROW // parts)
+                into = self._array[start:stop].reshape(-1, parts, _ROW // parts)
+                for part in range(parts):
+                    into[:, part] = source[:, part]
+            return moved
+
         try:
-            for begin in range(0, self.nbytes, _IO_BYTES):
-                end = min(begin + _IO_BYTES, self.nbytes)
-                target = room[: end - begin] if parts > 1 else self._view[begin:end]
-                for start in range(0, end - begin, _BLOCK):
-                    block = target[start : start + _BLOCK]
-                    os.preadv(file, [block], begin + start)
-                    xxhash.xxh3_128_digest(block)
-                if parts > 1:
-                    source = np.frombuffer(target, np.uint8).reshape(-1, parts, _ROW // parts)
-                    into = self._array[begin:end].reshape(-1, parts, _ROW // parts)
-                    for part in range(parts):
-                        into[:, part] = source[:, part]
+            self._in_parts(1, move)
         finally:
             os.close(file)
 

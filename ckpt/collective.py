@@ -78,12 +78,9 @@ class Collective:
             return [payload]
         with self._together():
             sizes = self._sizes(len(payload))
-            mine = self._tensor(payload, max(sizes))
-            if self.rank:
-                dist.gather(mine, None, group=self._group, group_dst=0)
-                return None
-            everyone = [torch.empty_like(mine) for _ in sizes]
-            dist.gather(mine, everyone, group=self._group, group_dst=0)
+            everyone = self._at_root(self._tensor(payload, max(sizes)))
+        if everyone is None:
+            return None
         return [self._bytes(tensor, size) for tensor, size in zip(everyone, sizes, strict=True)]
 
     def share(self, payload: bytes) -> list[bytes]:
@@ -181,7 +178,7 @@ class Collective:
         return totals
 
     def give_up(self, why: RankError) -> None:
-        """Have every rank that waits in `tally` or `agree` fail too: a rank that is needed there has died.
+        """Have every rank that waits in `gather`, `share`, `tally` or `agree` fail too: a rank that is needed has died.
 
         A collective fails soon only on ranks that are connected with the dead one; the others would wait for those.
         """
@@ -202,17 +199,22 @@ class Collective:
         On CPUs they go to rank 0 and back: all_gather and all_reduce of Gloo go round in a ring, one step after another
         for each rank, and each may have to wait for a core.
         """
-        cpu = self._device.type == "cpu"
-        everyone = mine.new_empty((self.world_size if not cpu or not self.rank else 0, *mine.shape))
-        if not cpu:
-            self._wait(dist.all_gather(list(everyone), mine, group=self._group, async_op=True))
-            return join(everyone)
-        parts = None if self.rank else list(everyone)
-        self._wait(dist.gather(mine, parts, group=self._group, group_dst=0, async_op=True))
-        if not self.rank:
+        if self._device.type != "cpu":
+            everywhere = mine.new_empty((self.world_size, *mine.shape))
+            self._wait(dist.all_gather(list(everywhere), mine, group=self._group, async_op=True))
+            return join(everywhere)
+        everyone = self._at_root(mine)
+        if everyone is not None:
             answer = join(everyone).contiguous()
         self._wait(dist.broadcast(answer, group=self._group, group_src=0, async_op=True))
         return answer
+
+    def _at_root(self, mine: torch.Tensor) -> torch.Tensor | None:
+        """Every rank's tensor, all of one form, in the order of the ranks, on rank 0; None elsewhere."""
+        everyone = None if self.rank else mine.new_empty((self.world_size, *mine.shape))
+        parts = None if everyone is None else list(everyone)
+        self._wait(dist.gather(mine, parts, group=self._group, group_dst=0, async_op=True))
+        return everyone
 
     def _wait(self, work: dist.Work | None) -> None:
         """Wait for what was begun, no longer than all ranks live."""

@@ -47,11 +47,12 @@ def test_a_forked_worker_neither_disturbs_the_saves_nor_keeps_the_agent(tmp_path
     try:
         (result,) = run_ranks(train_and_fork, 1, str(tmp_path), allow_death=True)
         assert isinstance(result, Killed)
+        home = Path((tmp_path / "agent").read_text())
+        # it commits saves as they are written, which need not be in their order
+        until(lambda: not home.exists(), "the agent to end")
         for name in ("0", "1", "2", "3", "last"):
             with ckpt.open(tmp_path / name) as checkpoint:
                 assert checkpoint["model.weight"].shape == (1000, 1000)
-        home = Path((tmp_path / "agent").read_text())
-        until(lambda: not home.exists(), "the agent to end")
         os.kill(worker(tmp_path), 0)
     finally:
         os.kill(worker(tmp_path), signal.SIGKILL)

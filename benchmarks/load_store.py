@@ -118,8 +118,8 @@ def _s3fs(paths: list[tuple[str, int]]) -> None:
         raise RuntimeError("s3fs ended early")
 
 
-def _dcp(state: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
-    dcp_load(state, storage_reader=FsspecReader("s3://bucket/dcp", **options), no_dist=True)
+def _dcp(state: dict[str, torch.Tensor], store: dict[str, Any]) -> None:
+    dcp_load(state, storage_reader=FsspecReader("s3://bucket/dcp", **store), no_dist=True)
 
 
 @click.command()
@@ -148,8 +148,8 @@ def main(folder: Path, size: int, repetitions: int, quick: bool, json_path: Path
         paths = [(f"/bucket/checkpoint/data/{file.name}", file.stat().st_size) for file in files]
         memory = torch.zeros(sum(size for _, size in paths), dtype=torch.uint8).numpy().data
         with _server(scratch) as port:
-            options = {"anon": True, "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
-            configure("s3://bucket", options)
+            store = {"anon": True, "client_kwargs": {"endpoint_url": f"http://127.0.0.1:{port}"}}
+            configure("s3://bucket", store)
             gets = [Measure("load", "ranged GETs", f"{n} at once, {_RANGE >> 20} MiB each", 0.0) for n in _THREADS]
             runs: list[tuple[Measure, Callable[[], object]]] = [
                 (get, partial(_get, port, paths, threads, memory)) for get, threads in zip(gets, _THREADS, strict=True)
@@ -158,7 +158,7 @@ def main(folder: Path, size: int, repetitions: int, quick: bool, json_path: Path
             runs += [
                 (ours, partial(ckpt.load, {"model": state}, "s3://bucket/checkpoint")),
                 (Measure("load", "s3fs", f"cat_ranges, {_RANGE >> 20} MiB each", 0.0), partial(_s3fs, paths)),
-                (Measure("load", "torch DCP", "FsspecReader", 0.0), partial(_dcp, state, options)),
+                (Measure("load", "torch DCP", "FsspecReader", 0.0), partial(_dcp, state, store)),
             ]
             for repetition in range(-1, repetitions):
                 for measure, run in random.sample(runs, len(runs)):

@@ -109,11 +109,11 @@ class Collective:
             sizes = torch.empty(self.world_size, dtype=torch.int64, device=self._device)
             if payloads is not None:
                 sizes = torch.tensor([len(payload) for payload in payloads], dtype=torch.int64, device=self._device)
-            dist.broadcast(sizes, group=self._group, group_src=0)
+            self._spread(sizes)
             longest = int(sizes.max())
             mine = torch.empty(longest, dtype=torch.uint8, device=self._device)
             parts = None if payloads is None else [self._tensor(payload, longest) for payload in payloads]
-            dist.scatter(mine, parts, group=self._group, group_src=0)
+            self._wait(dist.scatter(mine, parts, group=self._group, group_src=0, async_op=True))
         return self._bytes(mine, int(sizes[self.rank]))
 
     def broadcast(self, payload: bytes | None) -> bytes:
@@ -124,13 +124,13 @@ class Collective:
         with self._together():
             # most answers are short, and then fit behind their length
             head = self._tensor(len(data).to_bytes(8, "little") + data[: _SHORT - 8], _SHORT)
-            dist.broadcast(head, group=self._group, group_src=0)
+            self._spread(head)
             begin = self._bytes(head, _SHORT)
             count = int.from_bytes(begin[:8], "little")
             if count <= _SHORT - 8:
                 return begin[8 : 8 + count]
             rest = self._tensor(data[_SHORT - 8 :], count - (_SHORT - 8))
-            dist.broadcast(rest, group=self._group, group_src=0)
+            self._spread(rest)
         return begin[8:] + self._bytes(rest, count - (_SHORT - 8))
 
     def exchange(self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], bytes]) -> bytes:
@@ -178,7 +178,7 @@ class Collective:
         return totals
 
     def give_up(self, why: RankError) -> None:
-        """Have every rank that waits in `gather`, `share`, `tally` or `agree` fail too: a rank that is needed has died.
+        """Have every rank that waits for the others here fail too: a rank that is needed has died.
 
         A collective fails soon only on ranks that are connected with the dead one; the others would wait for those.
         """
@@ -206,8 +206,12 @@ class Collective:
         everyone = self._at_root(mine)
         if everyone is not None:
             answer = join(everyone).contiguous()
-        self._wait(dist.broadcast(answer, group=self._group, group_src=0, async_op=True))
+        self._spread(answer)
         return answer
+
+    def _spread(self, tensor: torch.Tensor) -> None:
+        """Everybody gets what rank 0 has in it."""
+        self._wait(dist.broadcast(tensor, group=self._group, group_src=0, async_op=True))
 
     def _at_root(self, mine: torch.Tensor) -> torch.Tensor | None:
         """Every rank's tensor, all of one form, in the order of the ranks, on rank 0; None elsewhere."""

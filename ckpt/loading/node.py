@@ -22,7 +22,7 @@ from typing import Self
 
 from ckpt.collective import Collective
 from ckpt_formats.digest import DIGEST_SIZE, digest
-from ckpt_formats.errors import RankError
+from ckpt_formats.errors import ConfigurationError, RankError
 from ckpt_formats.memory import scratch, shared
 
 NODE = "CKPT_NODE"
@@ -220,14 +220,16 @@ class Meeting:
 
 
 def patience_s() -> float:
-    """Seconds without anything from a rank that is waited for, after which it is given up. Raises ValueError."""
+    """Seconds without anything from a rank that is waited for, until it is given up. Raises ConfigurationError."""
     said = os.environ.get(PATIENCE, "")
     try:
         seconds = float(said or PATIENCE_S)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < math.inf:
-        raise ValueError(f"the environment variable {PATIENCE} is {said!r}, which is no number of seconds")
+        raise ConfigurationError(
+            f"the environment variable {PATIENCE} is {said!r}, which is no number of seconds; set it to a positive one"
+        )
     return seconds
 
 

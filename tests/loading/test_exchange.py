@@ -23,7 +23,7 @@ import ckpt
 from benchmarks.two_nodes import enter
 from ckpt.loading import exchange, sharing
 from ckpt.loading.batches import Batch, make_batches
-from ckpt_formats.errors import CheckpointError, CorruptionError, RankError
+from ckpt_formats.errors import CheckpointError, ConfigurationError, CorruptionError, RankError
 from tests.loading.test_buffers import NOISE, drop, resident
 from tests.loading.test_sharing import COLUMNS, ROWS, assert_equal, cut, needs, rows_to_columns, share_everything, whole
 from tests.ranks import Killed, run_ranks
@@ -321,7 +321,7 @@ def test_a_patience_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: py
     ckpt.save({"a": torch.zeros(3)}, tmp_path / "a")
     for said in ("soon", "0", "-1", "inf", "nan"):
         monkeypatch.setenv("CKPT_PATIENCE_S", said)
-        with pytest.raises(ValueError, match="CKPT_PATIENCE_S"):
+        with pytest.raises(ConfigurationError, match="CKPT_PATIENCE_S"):
             ckpt.load({"a": torch.zeros(3)}, tmp_path / "a")
 
 

@@ -79,7 +79,7 @@ class OptimizerTarget:
         entry = saved.entries.get(key, {})
         modules = entry.get("modules", {})
         then = Naming(modules, {}) if modules else naming
-        groups = _groups(f"{key}.param_groups", saved)
+        groups = _groups(key, saved)
         if groups is None:
             groups = []
             self.missing.append(f"{key}.param_groups")
@@ -185,12 +185,24 @@ class _Found:
     """Path -> value that belongs to no parameter."""
 
 
-def _groups(path: str, saved: SavedState) -> list[Mapping[str, Any]] | None:
-    """The saved parameter groups, None if there are none. Raises FormatError for what can't be any."""
-    groups: Any = saved.values.get(path)
+def _groups(key: str, saved: SavedState) -> list[Mapping[str, Any]] | None:
+    """The saved parameter groups, None if there are none.
+
+    Raises StateMismatchError for those of a `state_dict()`, FormatError for what can't be any.
+    """
+    path = f"{key}.param_groups"
+    whole: Any = saved.values.get(key)  # one without tensors is a single value
+    groups: Any = whole.get("param_groups") if isinstance(whole, dict) else saved.values.get(path)
     if groups is None:
         return None
     if not isinstance(groups, list) or not all(map(_is_group, groups)):
+        if saved.entries.get(key, {}).get("kind") != "optimizer":
+            raise StateMismatchError(
+                f"{key!r} is an optimizer here, but was saved as what its state_dict() gives, without the names of "
+                f"parameters. Save the optimizer itself; to use this checkpoint, load {{{key!r}: {{}}}} and give what "
+                "comes into the dict to the optimizer's load_state_dict()",
+                tensor=key,
+            )
         raise FormatError(
             f"the value {path!r} is not a list of parameter groups; the checkpoint was written wrongly", tensor=path
         )

@@ -20,6 +20,13 @@ def trained(module: nn.Module, make: Any = torch.optim.AdamW) -> dict[str, Any]:
     return {"model": module, "optimizer": optimizer}
 
 
+def plain(value: Any) -> Any:
+    """A state with lists in the place of tensors, which can't be compared."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
 def fresh(module: nn.Module) -> dict[str, Any]:
     return {"model": module, "optimizer": torch.optim.AdamW(module.parameters())}
 
@@ -95,6 +102,19 @@ def test_parameters_of_one_group_that_were_saved_with_different_settings_are_ref
     known = saved_state(save({"model": model, "optimizer": torch.optim.AdamW(groups)}))
     with pytest.raises(StateMismatchError, match=r"'0\.weight' and '1\.weight'.*lr = 0\.1 and 0\.2"):
         build_target(fresh(model), known)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD], ids=["with slots", "without"])
+def test_the_state_dict_of_an_optimizer_is_no_optimizer_and_says_how_it_is_loaded(make: Any) -> None:
+    state = trained(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), make)
+    saved = save({"model": state["model"], "optimizer": state["optimizer"].state_dict()})
+    live = {"model": state["model"], "optimizer": make(state["model"].parameters())}
+    with pytest.raises(StateMismatchError, match=r"saved as what its state_dict\(\) gives.*load {'optimizer': {}}"):
+        build_target(live, saved_state(saved))
+    remedy: dict[str, Any] = {"optimizer": {}}
+    load(remedy, saved)
+    live["optimizer"].load_state_dict(remedy["optimizer"])
+    assert plain(live["optimizer"].state_dict()) == plain(state["optimizer"].state_dict())
 
 
 def test_several_modules_under_one_optimizer() -> None:

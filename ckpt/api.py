@@ -131,7 +131,8 @@ def load(
             values are replaced in the mapping.
         path: the checkpoint's folder.
         strict: with False, names that only one side has are skipped and reported in the result.
-        cast: convert tensors whose dtype differs, instead of refusing.
+        cast: convert tensors whose dtype differs, instead of refusing: between floats, between complex numbers, and
+            where nothing is lost.
         rename: names in the checkpoint -> names in the state, where these differ: `{"model.encoder": "encoder"}` for
             all that is below, `{"model.blocks.*": "model.layers.*"}` by pattern, None as the new name for what is to
             be left out; or a function from names to names. Slots of optimizers and parameter groups follow their

@@ -29,7 +29,7 @@ from ckpt.state import SavedState, SavedTensor, Target, build_target
 from ckpt.state.given import Others
 from ckpt.state.meta import Materialised
 from ckpt.state.references import LEAVES
-from ckpt.state.torch_dtypes import as_carrier, dtype_of, torch_dtype
+from ckpt.state.torch_dtypes import as_carrier, can_cast, dtype_of, torch_dtype
 from ckpt_formats.checkpoint import Checkpoint, open_checkpoint
 from ckpt_formats.errors import (
     CheckpointError,
@@ -348,20 +348,31 @@ class _Load:
             )
 
     def _check_tensors(self, saved: SavedState) -> None:
-        shapes, dtypes = [], []
+        shapes, dtypes, unlike = [], [], []
         for name, local in self.target.tensors.items():
             stored = saved.find(name)
             if stored is None:
                 continue
             if stored.shape != local.shape:
                 shapes.append(f"{name} ({list(stored.shape)} stored, {list(local.shape)} in the state)")
-            elif stored.dtype != local.dtype and not self._cast:
-                dtypes.append(f"{name} ({stored.dtype} stored, {local.dtype} in the state)")
+            elif stored.dtype != local.dtype:
+                both = f"{name} ({stored.dtype} stored, {local.dtype} in the state)"
+                if not can_cast(dtype_of(stored.dtype), dtype_of(local.dtype)):
+                    unlike.append(both)
+                elif not self._cast:
+                    dtypes.append(both)
         if shapes:
             raise ShapeMismatchError(
                 f"{self._path} does not fit the state."
                 + _listed("Other shapes", shapes)
                 + " Build the model as it was saved",
+                path=self._path,
+            )
+        if unlike:
+            raise DtypeMismatchError(
+                f"{self._path} does not fit the state."
+                + _listed("Not all values of what is stored can be had in the dtype of", unlike)
+                + " Give them the dtypes that were saved; cast=True converts no such tensors",
                 path=self._path,
             )
         if dtypes:

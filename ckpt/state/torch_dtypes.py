@@ -14,7 +14,7 @@ import torch
 from ckpt_formats.dtypes import DTYPES, DType
 from ckpt_formats.errors import UnknownDtypeError, UnsupportedValueError
 
-__all__ = ["as_carrier", "bytes_view", "dtype_of", "from_carrier", "torch_dtype"]
+__all__ = ["as_carrier", "bytes_view", "can_cast", "dtype_of", "from_carrier", "torch_dtype"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -51,6 +51,17 @@ def torch_dtype(name: str) -> torch.dtype:
         raise UnknownDtypeError(
             f"torch {torch.__version__} has no dtype {name!r}; update it, or read the tensor with ckpt.open"
         ) from None
+
+
+def can_cast(source: DType, to: DType) -> bool:
+    """Whether it is a cast between floats, or between complex numbers, which rounds, or one that loses nothing."""
+    if source.numpy is None or to.numpy is None:
+        return False
+    one, other = torch_dtype(source.name), torch_dtype(to.name)
+    if one.is_floating_point and other.is_floating_point:
+        # scales are exponents only
+        return "float8_e8m0fnu" not in (source.name, to.name)
+    return (one.is_complex and other.is_complex) or np.can_cast(source.numpy, to.numpy, "safe")
 
 
 def as_carrier(tensor: torch.Tensor) -> Array:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ckpt.state.torch_dtypes import as_carrier, from_carrier, torch_dtype
+from ckpt.state.torch_dtypes import as_carrier, can_cast, from_carrier, torch_dtype
 from ckpt.storage.data_file import Chunk
 from ckpt_formats.arrays import AnyArray
 from ckpt_formats.checkpoint import Checkpoint
@@ -105,7 +105,7 @@ def casts_of(manifest: Manifest, asked: str | Mapping[str, str] | None) -> Casts
             decided.add(name)
             if metas[name].dtype is to:
                 continue
-            if not _can_cast(metas[name].dtype, to):
+            if not can_cast(metas[name].dtype, to):
                 raise DtypeMismatchError(
                     f"the tensor {name!r} is {metas[name].dtype}, not all of whose values there are in {to}; leave it "
                     f"out of {text!r}, or choose another dtype for it",
@@ -120,17 +120,6 @@ def _is_slot(manifest: Manifest, name: str) -> bool:
     while top and top not in manifest.entries:
         top = top.rpartition(".")[0]
     return manifest.entries.get(top, {}).get("kind") == "optimizer"
-
-
-def _can_cast(source: DType, to: DType) -> bool:
-    """Whether it is a cast between floats, which rounds, or one that loses nothing."""
-    one, other = torch_dtype(source.name), torch_dtype(to.name)
-    if source.numpy is None or to.numpy is None:
-        return False
-    if one.is_floating_point and other.is_floating_point:
-        # scales are exponents only
-        return "float8_e8m0fnu" not in (source.name, to.name)
-    return not one.is_floating_point and np.can_cast(source.numpy, to.numpy, "safe")
 
 
 class Tally:
@@ -211,12 +200,15 @@ class Feed:
     def _cast(self, part: Item, flat: AnyArray) -> AnyArray:
         source = from_carrier(flat, torch_dtype(part.meta.dtype.name))
         made = torch.empty(source.shape, dtype=torch_dtype(part.dtype.name))
+        target = made
+        if source.is_complex() and made.is_complex():
+            source, target = torch.view_as_real(source), torch.view_as_real(made)
         largest = None
         if source.is_floating_point() and torch.finfo(made.dtype).max < torch.finfo(source.dtype).max:
             largest = torch.finfo(made.dtype).max
         for at in range(0, len(source), CAST):
             some = source[at : at + CAST]
-            made[at : at + CAST] = some
+            target[at : at + CAST] = some
             if largest is not None and part.name not in self.overflowed:
                 # float8 has neither abs nor comparisons
                 size = (some if some.itemsize > 1 else some.float()).abs()

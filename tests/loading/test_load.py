@@ -94,6 +94,35 @@ def test_another_dtype_is_refused_unless_a_cast_is_asked_for(tmp_path: Path) -> 
     assert torch.equal(target, saved.bfloat16())
 
 
+def test_a_cast_that_would_lose_more_than_digits_is_refused_even_if_asked_for(tmp_path: Path) -> None:
+    saved = {
+        "w": torch.tensor([1 + 2j]),
+        "f": torch.tensor([1.5]),
+        "b": torch.tensor([3.0]),
+        "n": torch.tensor([1 << 40]),
+    }
+    ckpt.save(saved, tmp_path / "a")
+    state = {
+        "w": torch.zeros(1),
+        "f": torch.zeros(1, dtype=torch.int64),
+        "b": torch.zeros(1, dtype=torch.bool),
+        "n": torch.zeros(1, dtype=torch.int32),
+    }
+    for cast in (True, False):
+        with pytest.raises(DtypeMismatchError) as caught:
+            ckpt.load(state, tmp_path / "a", cast=cast)
+        assert "f (torch.float32 stored, torch.int64 in the state)" in str(caught.value)
+        assert all(f"{name} (" in str(caught.value) for name in state)
+    assert not any(tensor.any() for tensor in state.values())
+    wider = {"w": torch.zeros(1, dtype=torch.complex128), "n": torch.zeros(1, dtype=torch.float64)}
+    ckpt.load(wider, tmp_path / "a", cast=True)
+    assert (wider["w"].item(), wider["n"].item()) == (1 + 2j, 1 << 40)
+    ckpt.save(wider, tmp_path / "b")
+    narrower = {"w": torch.zeros(1, dtype=torch.complex64)}
+    ckpt.load(narrower, tmp_path / "b", cast=True)
+    assert narrower["w"].item() == 1 + 2j
+
+
 def test_no_checkpoint_is_an_error_that_says_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no such folder"):
         ckpt.load({}, tmp_path / "nowhere")

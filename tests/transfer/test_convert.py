@@ -171,6 +171,16 @@ def test_casts_round_as_torch_does_whatever_the_bits(tmp_path: Path) -> None:
         assert list(done.overflowed) == ([] if kind == "float64" else ["w"])
 
 
+def test_complex_numbers_become_narrower_as_floats_do(tmp_path: Path) -> None:
+    source = torch.tensor([1 + 2j, 0.1 - 1e300j, float("inf")], dtype=torch.complex128)
+    ckpt.save({"z": source, "f": torch.tensor([0.5])}, tmp_path / "a")
+    done = export(tmp_path / "a", tmp_path / "out", dtype={"*": "complex64"})
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["z"], source.to(torch.complex64))
+    assert torch.equal(found["f"], torch.tensor([0.5 + 0j]))
+    assert list(done.overflowed) == ["z"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "error", "message"),
     [

@@ -18,7 +18,7 @@ def resolve(manifest: Manifest, mesh: Mesh, layout: Layout) -> Resolved:
     metas = manifest.model_tensors
     recorded = {name: cut for name, meta in metas.items() if (cut := cut_of(manifest, meta)) is not None}
     shapes = {name: meta.shape for name, meta in metas.items()}
-    return layout.resolve(mesh, shapes, recorded=recorded, owners=slot_owners(manifest))
+    return layout.resolve(mesh, shapes, recorded=recorded, owners=slot_owners(manifest), aliases=manifest.aliases)
 
 
 def slot_owners(manifest: Manifest) -> dict[str, str]:

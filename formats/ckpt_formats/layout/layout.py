@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,7 @@ class Layout:
         *,
         recorded: Mapping[str, str] | None = None,
         owners: Mapping[str, str] | None = None,
+        aliases: Collection[str] = (),
     ) -> Resolved:
         """What it says about tensors on a mesh, checked.
 
@@ -145,13 +146,14 @@ class Layout:
             recorded: name -> cut as the checkpoint's manifest records it; only the short form takes it up.
             owners: name of an optimizer's slot -> name of its parameter. A slot that no rule matches, and that has the
                 parameter's shape, lies as the parameter does.
+            aliases: further names that tied tensors have, which patterns may speak of.
 
-        LayoutError when a rule matches no tensor, two match the same, none does, or does not fit a tensor's shape or
-        the mesh; when an axis is unknown; or when what comes out leaves holes or overlaps.
+        LayoutError when a rule or a pattern matches no tensor, two match the same, none does, or one does not fit a
+        tensor's shape or the mesh; when an axis is unknown; or when what comes out leaves holes or overlaps.
         """
         if self.is_language:
             self._require_axes(mesh)
-            found = find(self.where, mesh, tensors, self.rules, self.otherwise, self.spread, owners or {})
+            found = find(self.where, mesh, tensors, self.rules, self.otherwise, self.spread, owners or {}, aliases)
             resolved = Resolved(mesh, tensors, found, self.flat, {}, self.where)
         else:
             found, said = _found(mesh, tensors, self.cuts(mesh, tensors, recorded=recorded, owners=owners))

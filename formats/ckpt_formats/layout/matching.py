@@ -1,15 +1,15 @@
 """Which rule says how each tensor lies on the ranks, and what it makes of them: one, several, or part of one.
 
 Every tensor is matched by exactly one rule. There is no precedence among rules: two that match are an error that shows
-both, and `unless` makes one of them narrower. Only [otherwise] takes what no rule matches. A rule that matches
-nothing is an error too. Knows names, shapes and a mesh, not what a rank's memory looks like.
+both, and `unless` makes one of them narrower. Only [otherwise] takes what no rule matches. A rule or a pattern that
+matches nothing is an error too. Knows names, shapes and a mesh, not what a rank's memory looks like.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,30 +18,10 @@ from ckpt_formats.geometry import Interval, Shape
 from ckpt_formats.layout.mesh import Mesh
 from ckpt_formats.layout.patterns import Captures, Pattern, fields_of, render
 from ckpt_formats.layout.rules import Rule, Spread
+from ckpt_formats.layout.spreads import Numbers, numbers_of
 from ckpt_formats.layout.words import toml_of
 
 __all__ = ["Found", "Logical", "find"]
-
-
-class Home(NamedTuple):
-    """Where a spread number is."""
-
-    place: int
-    """On the axis."""
-    chunk: int
-    """Which of that rank's stages."""
-    stage: int
-    own: int
-    """How the stage counts it."""
-
-
-class Numbers(NamedTuple):
-    """A spread on a mesh of known size."""
-
-    axis: int
-    homes: Mapping[int, Home]
-    lists: Sequence[Sequence[int]]
-    """By index on the axis; only with one stage for each rank."""
 
 
 class Stack(NamedTuple):
@@ -117,36 +97,14 @@ def find(
     otherwise: Rule | None,
     spread: Mapping[str, Spread],
     owners: Mapping[str, str],
+    aliases: Collection[str],
 ) -> Found:
-    """Match rules with tensors. LayoutError as this module's docstring says, and when numbers are nowhere."""
+    """Match rules with tensors. LayoutError as this module's docstring says, and when numbers are nowhere.
+
+    A pattern that matches one of `aliases`, further names of the tensors, has its use.
+    """
     finder = _Finder(where, mesh, tensors, rules, otherwise, spread)
-    return finder.find(owners)
-
-
-def numbers_of(where: str, mesh: Mesh, capture: str, spread: Spread) -> Numbers:
-    """What a spread is on the mesh. LayoutError when its lists are not as many as the axis needs."""
-    said = f"{where}: [spread.{capture}] {toml_of(spread)}"
-    axis = mesh.names.index(spread.axis)
-    ranks = mesh.shape[axis]
-    stages = ranks * spread.chunks
-    if spread.lists is not None:
-        lists: Sequence[Sequence[int]] = spread.lists
-        if len(lists) != stages:
-            raise LayoutError(f"{said} has {len(lists)} lists, and the mesh {mesh} needs {stages}")
-    else:
-        count = spread.count or 0
-        if count % stages:
-            raise LayoutError(f"{said}: {count} can't be spread evenly over {stages} stages; say the lists")
-        each = count // stages
-        lists = [range(stage * each, (stage + 1) * each) for stage in range(stages)]
-    homes: dict[int, Home] = {}
-    for stage, numbers in enumerate(lists):
-        chunk, index = divmod(stage, ranks)
-        if spread.order == "v" and chunk % 2:
-            index = ranks - 1 - index
-        for own, number in enumerate(numbers):
-            homes[number] = Home(index, chunk, stage, own)
-    return Numbers(axis, homes, lists)
+    return finder.find(owners, aliases)
 
 
 class _Finder:
@@ -173,8 +131,10 @@ class _Finder:
     def error(self, rule: Rule, name: str, why: str) -> LayoutError:
         return LayoutError(f"{self._where}: {rule} and the tensor {name!r}: {why}", tensor=name)
 
-    def find(self, owners: Mapping[str, str]) -> Found:
+    def find(self, owners: Mapping[str, str], aliases: Collection[str]) -> Found:
         self._match_all(owners)
+        # names of ties that rules enter are among what was matched
+        self._check_unused(dict.fromkeys((*self._matches, *aliases)))
         for alias, target in self._found.aliases.items():
             if target in self._found.aliases:
                 rule = self._matches[alias].rule
@@ -255,6 +215,34 @@ class _Finder:
             return [Pattern(text, numbers) for text in rule.patterns], [Pattern(text, numbers) for text in rule.unless]
         except ValueError as error:
             raise LayoutError(f"{self._where}: {rule}: {error}") from None
+
+    def _check_unused(self, names: Collection[str]) -> None:
+        """Refuse patterns without which a layout says the same, as those of misspelt names."""
+        for rule in self._rules:
+            if len(rule.patterns) == 1 and not rule.unless:
+                continue  # it has matched something
+            matching, unless = self._compiled(rule)
+            # what is joined names the tensor that something is missing beside
+            for pattern in matching if rule.join is None else ():
+                if pattern.text not in names and all(pattern.match(name) is None for name in names):
+                    raise LayoutError(
+                        f"{self._where}: no tensor of the checkpoint matches {pattern.text!r} of {rule}; `ckpt show`"
+                        " lists their names"
+                    )
+            for pattern in unless:
+                left = (name for name in names if pattern.match(name) is not None)
+                if all(each.match(name) is None for name in left for each in matching):
+                    raise LayoutError(
+                        f"{self._where}: nothing that {rule} matches is left out by {pattern.text!r} of its `unless`;"
+                        " mend that pattern or leave it out"
+                    )
+        if self._otherwise not in (None, Rule()) and all(
+            match.rule is not self._otherwise for match in self._matches.values()
+        ):
+            raise LayoutError(
+                f"{self._where}: {self._otherwise} is for nothing, since each tensor has another rule; leave it out, or"
+                " make a pattern narrower that takes too much"
+            )
 
     def _hits(
         self, number: int, patterns: tuple[Sequence[Pattern], Sequence[Pattern]], name: str
@@ -420,6 +408,15 @@ class _Finder:
         here = sorted({numbers[position] for numbers in sources})
         numbers = self._numbers.get(capture)
         if numbers is None:
+            # some models stack from a later layer on, but none leaves one out in between without saying so
+            absent = next((number for number, after in itertools.pairwise(here) if after != number + 1), None)
+            if absent is not None:
+                raise self.error(
+                    rule,
+                    name,
+                    f"there is no tensor of {capture} {absent + 1} to stack: a hole; if there should be none, say by"
+                    f" the lists of a [spread.{capture}] which there are",
+                )
             return Stack(None, [here])
         if self._spread[capture].chunks > 1:
             raise self.error(rule, name, f"it stacks by {capture!r}, of which each rank has several stages")

@@ -21,7 +21,9 @@ from ckpt_formats.layout.buffers import Buffer, Entry, buffers_of
 from ckpt_formats.layout.lowering import Core, MisfitError, Placed, lower, strides_of, within
 from ckpt_formats.layout.matching import Found, Logical
 from ckpt_formats.layout.mesh import Mesh, Where
+from ckpt_formats.layout.patterns import Pattern
 from ckpt_formats.layout.rules import Flat, Rule
+from ckpt_formats.layout.words import toml_of
 
 __all__ = ["Holder", "LocalTensor", "Piece", "Resolved"]
 
@@ -288,6 +290,8 @@ class Resolved:
                 check_cover(shape, offsets, sizes)
             except CoverageError as error:
                 raise self._error(logical, str(error), name) from None
+        for flat in self._flats:
+            self._check_order(flat)
         # each element of what is flattened is in one place of its buffer, and in one stretch of that, so there is no
         # more to check than that buffers can be made
         owners: dict[str, str] = {}
@@ -297,6 +301,17 @@ class Resolved:
                     logical = buffer.entries[0].logical
                     if buffer.name in whole or owners.setdefault(buffer.name, flat) != flat:
                         raise self._error(logical, f"a rank has two tensors of the name {buffer.name!r}")
+
+    def _check_order(self, name: str) -> None:
+        """Refuse patterns of a buffer's order that match nothing on any rank; on some ranks of a pipeline they may."""
+        flat = self._flats[name]
+        locals_of = {logical.local for logical in self._in[name]}
+        for text in flat.order if isinstance(flat.order, tuple) else ():
+            if text not in locals_of and all(Pattern(text).match(local) is None for local in locals_of):
+                raise LayoutError(
+                    f"{self._where}: [flat.{name}] {toml_of(flat)} has {text!r} in its order, and no tensor that goes "
+                    "there has a name on the ranks that matches it"
+                )
 
     def _check_names(self) -> set[str]:
         """The names of ranks' tensors that are not flattened."""

@@ -63,6 +63,53 @@ def test_a_rule_that_matches_nothing_is_refused() -> None:
     assert 'no tensor of the checkpoint matches rule {match = "layer.*"}' in refused(rule('match = "layer.*"'))
 
 
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [
+        (
+            rule('match = ["layers.*", "nrom.*"]'),
+            'no tensor of the checkpoint matches \'nrom.*\' of rule {match = ["layers.*", "nrom.*"]}',
+        ),
+        (
+            rule('match = "layers.*"\nunless = ["layers.0.*", "layers.9.*"]'),
+            "is left out by 'layers.9.*' of its `unless`",
+        ),
+        (rule('match = "layers.*"\nunless = "norm.*"'), 'nothing that rule {match = "layers.*", unless = "norm.*"}'),
+        (
+            rule('match = "*"', '[otherwise]\ncut = {axis = "tp", dim = 0}\n'),
+            '[otherwise] {cut = {axis = "tp", dim = 0}} is for nothing',
+        ),
+        (
+            '[flat.f]\naxis = "dp"\nname = "f"\norder = ["layers.*", "layer.*"]\n'
+            + rule('match = "layers.*"\nflat = "f"'),
+            '[flat.f] {axis = "dp", name = "f", order = ["layers.*", "layer.*"]} has \'layer.*\' in its order',
+        ),
+    ],
+)
+def test_a_pattern_that_matches_nothing_beside_others_that_do_is_refused(toml: str, says: str) -> None:
+    assert says in refused(toml)
+
+
+def test_what_has_its_use_somewhere_is_no_unused_pattern() -> None:
+    # a name that a wider pattern matches too, names of ties that the checkpoint does not list, an empty default
+    layout = Layout(
+        rules=[
+            Rule(match=("layers.*", "layers.0.w", "tied", "entered"), unless=("layers.1.*", "entered")),
+            Rule(match=("layers.1.w", "norm.w", "step")),
+            Rule(match="entered", tied="norm.w"),
+        ],
+        otherwise=Rule(),
+    )
+    assert layout.resolve(MESH, SHAPES, aliases=["tied"]).aliases == {"entered": "norm.w"}
+    # of a buffer's order each rank of a pipeline has a part
+    flat = Flat(axis="dp", name="f", order=["layers.1.w", "layers.0.w"])
+    spread = {"layer": Spread(axis="pp", count=2)}
+    rules = [Rule(match="layers.{layer}.w", flat="f", local="layers.{layer.number}.w")]
+    layout = Layout(rules=rules, otherwise=Rule(), spread=spread, flat={"f": flat})
+    held = layout.resolve(MESH, SHAPES).local(0)["f"]
+    assert {piece.tensor for piece in held.pieces} == {"layers.0.w"}
+
+
 def test_slots_of_an_optimizer_lie_as_their_parameter_when_no_rule_matches_them() -> None:
     shapes = {
         **SHAPES,
@@ -334,6 +381,18 @@ def test_stacks_with_a_missing_combination_have_a_hole() -> None:
     shapes = {"0.0": (2,), "0.1": (2,), "1.0": (2,)}
     message = refused(rule('match = "{layer}.{expert}"\nstack = ["layer", "expert"]\nlocal = "all"', ""), shapes)
     assert "there is no tensor of layer 1, expert 1 to stack: a hole" in message
+
+
+def test_stacks_without_a_spread_have_no_number_left_out_but_before_the_first() -> None:
+    stacked = rule('match = "layers.{layer}.w"\nstack = "layer"\nlocal = "w"', "")
+    message = refused(stacked, {"layers.0.w": (2,), "layers.2.w": (2,), "layers.4.w": (2,)})
+    assert "there is no tensor of layer 1 to stack: a hole; if there should be none, say by the lists" in message
+    # whose first layers are of another kind
+    held = Layout.parse(stacked).resolve(MESH, {"layers.2.w": (2,), "layers.3.w": (2,)}).local(0)
+    assert held["w"].shape == (2, 2)
+    spread = '[spread.layer]\naxis = "pp"\nlists = [[0, 4], [2]]\n'
+    shapes = {f"layers.{layer}.w": (2,) for layer in (0, 2, 4)}
+    assert Layout.parse(spread + stacked).resolve(MESH, shapes).local(0)["w"].shape == (2, 2)
 
 
 def test_what_leaves_holes_or_overlaps_is_refused_by_its_geometry_alone() -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -439,7 +440,8 @@ class _Load:
         """Attach what was made and restore the values."""
         saved = self.checkpoint.manifest.per_rank_world_size
         rank, world_size = self._group.rank, self._group.world_size
-        others = Others(self._per_rank_of, saved, rank, world_size) if saved not in (0, world_size) else None
+        # several values have rules, and each of them asks for what every rank saved
+        others = Others(cache(self._per_rank_of), saved, rank, world_size) if saved not in (0, world_size) else None
         self.target.apply(self._values, self._per_rank, others)
         skipped = self.target.per_rank_skipped
         if skipped and saved != world_size:

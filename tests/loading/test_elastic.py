@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckpt
+from ckpt_formats.checkpoint import Checkpoint
 from tests.ranks import run_ranks
 
 
@@ -59,6 +61,27 @@ def _resized(rank: int, world_size: int, folder: str) -> tuple[list[str], Any]:
 def test_a_value_with_a_rule_is_made_of_those_of_all_ranks(tmp_path: Path) -> None:
     run_ranks(_resized, 2, str(tmp_path))
     assert run_ranks(_resized, 3, str(tmp_path)) == [(["seen"], 30)] * 3
+
+
+def _several(rank: int, world_size: int, path: str) -> None:
+    ckpt.save({f"p{number}": ckpt.PerRank(rank) for number in range(3)}, path)
+
+
+def test_several_values_with_rules_read_what_each_rank_saved_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(_several, 2, str(tmp_path / "a"))
+    asked, read = [], Checkpoint.per_rank
+
+    def count(self: Checkpoint, rank: int) -> dict[str, Any]:
+        asked.append(rank)
+        return read(self, rank)
+
+    monkeypatch.setattr(Checkpoint, "per_rank", count)
+    state = {f"p{number}": ckpt.PerRank(7, resize=lambda values, *_: sum(values)) for number in range(3)}
+    ckpt.load(state, tmp_path / "a")  # type: ignore[arg-type]
+    assert [own.value for own in state.values()] == [1, 1, 1]
+    assert sorted(asked) == [0, 1]
 
 
 class Sampler:

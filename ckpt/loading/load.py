@@ -438,10 +438,11 @@ class _Load:
 
     def apply(self) -> None:
         """Attach what was made and restore the values."""
-        saved = self.checkpoint.manifest.per_rank_world_size
+        manifest = self.checkpoint.manifest
+        saved = manifest.per_rank_world_size or manifest.world_size
         rank, world_size = self._group.rank, self._group.world_size
         # several values have rules, and each of them asks for what every rank saved
-        others = Others(cache(self._per_rank_of), saved, rank, world_size) if saved not in (0, world_size) else None
+        others = Others(cache(self._per_rank_of), saved, rank, world_size) if saved != world_size else None
         self.target.apply(self._values, self._per_rank, others)
         skipped = self.target.per_rank_skipped
         if skipped and saved != world_size:

@@ -1,7 +1,8 @@
 """The top level of a state: which of its things are of which kind, and where each is to be put back.
 
 Containers that hold modules, optimizers or other stateful objects (a list of pipeline chunks, say) are opened, and what
-is in them becomes entries of its own, named by the path to it. Knows nothing of tensors' memory or of checkpoints.
+is in them becomes entries of its own, named by the path to it. torchdata's loaders, whose states speak of one rank's
+part of the data, are per-rank values. Knows nothing of tensors' memory or of checkpoints.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ def entries_of(state: Mapping[str, object]) -> list[Entry]:
 
 def _open(key: str, value: Any, parent: Any, slot: Any) -> Iterator[Entry]:
     kind = _kind(value)
+    if kind == "loader":
+        own = [PerRank(value)]
+        yield Entry(key, "per_rank", own[0], own, 0)
+        return
     if kind != "value" or not _holds_stateful(value):
         yield Entry(key, kind, value, parent, slot)
         return
@@ -60,7 +65,8 @@ def _open(key: str, value: Any, parent: Any, slot: Any) -> Iterator[Entry]:
 
 
 _known: dict[type, str] = {}
-_STATEFUL = ("module", "optimizer", "stateful")
+_STATEFUL = ("module", "optimizer", "stateful", "loader")
+_LOADERS = ("StatefulDataLoader", "StatefulDistributedSampler", "Loader")  # by name: torchdata may not be there
 _CONTAINERS = (dict, list, tuple)
 
 
@@ -85,7 +91,8 @@ def _kind_of(kind: type) -> str:
     if issubclass(kind, PerRank | RNG):
         return "per_rank"
     if callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None)):
-        return "stateful"
+        known = (base for base in kind.__mro__ if base.__module__.startswith("torchdata."))
+        return "loader" if any(base.__qualname__ in _LOADERS for base in known) else "stateful"
     return "value"
 
 

@@ -103,6 +103,16 @@ class Given:
             return current
         return PerRank(value) if wrap else value
 
+    def one_for_all(self, path: str, current: PerRank, value: Any) -> None:
+        """Give what was saved as equal on all ranks to one for which each rank has its own now.
+
+        A plain value holds for any rank, the state of an object only for one of as many.
+        """
+        if self._others is not None and current.stateful:
+            self.skipped.append(path)
+        else:
+            current.give(value)
+
     def _of_others(self, path: str, current: Any, *, wrap: bool) -> Any:
         """A value made by its rule of what another number of ranks had saved, or what is there now."""
         others = self._others

@@ -218,14 +218,14 @@ class _Value:
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        self.new: list[tuple[Any, Any, Any]] = []  # (container, key in it, marked value)
+        self.new: list[tuple[str, Any, Any, Any]] = []  # (path, container, key in it, marked value)
 
     def apply(self, given: Given) -> None:
-        for parent, slot, marked in self.new:
+        for path, parent, slot, marked in self.new:
             current = parent[slot]
             filled = given.fill(marked, current, wrap=True)
             if isinstance(current, PerRank) and not isinstance(filled, PerRank):
-                current.give(filled)
+                given.one_for_all(path, current, filled)
             elif filled is not ABSENT and filled is not current:
                 replace(parent, slot, filled)
 
@@ -304,7 +304,7 @@ class _Matching:
                     f"{path!r} can't be replaced in a {type(parent).__qualname__}; put it into a dict or a list",
                     tensor=path,
                 )
-            part.new.append((parent, slot, marked))
+            part.new.append((path, parent, slot, marked))
 
     def _fits(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a tensor can be filled in place (one that the checkpoint doesn't have is as good as that)."""

@@ -257,8 +257,8 @@ def flat_interval(shape: tuple[int, ...], start: int, stop: int, at: int = 0) ->
 
 
 class PerRank:
-    """What differs between ranks: a plain value, or an object with `state_dict` and `load_state_dict` such as
-    torchdata's `StatefulDataLoader`; each rank saves and gets its own.
+    """What differs between ranks: a plain value, or an object with `state_dict` and `load_state_dict`; each rank saves
+    and gets its own. (torchdata's `StatefulDataLoader` is taken for such a one without this.)
 
     Args:
         value: the value, or the object.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 import ckpt
 from ckpt_formats.checkpoint import Checkpoint
@@ -165,3 +166,66 @@ def test_a_stateful_data_loader_goes_on_where_each_rank_was(tmp_path: Path) -> N
         assert len(rest) == 3
         assert resumed == rest
         assert all(number // 100 == rank for batch in rest for number in batch)
+
+
+class Plain:
+    """An object with the state of a loader, of which nothing says that it is one."""
+
+    def __init__(self, loader: StatefulDataLoader) -> None:
+        self.loader = loader
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.loader.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state)
+
+
+def _part(rank: int, world_size: int) -> StatefulDataLoader:
+    data = list(range(24))
+    sampler = StatefulDistributedSampler(data, num_replicas=world_size, rank=rank, shuffle=False)
+    return StatefulDataLoader(data, batch_size=2, sampler=sampler)
+
+
+def _rest(loader: StatefulDataLoader) -> list[int]:
+    return [number for batch in loader for number in batch.tolist()]
+
+
+def _unmarked(rank: int, world_size: int, folder: str) -> None:
+    if world_size == 2:
+        loader = _part(rank, world_size)
+        epoch = iter(loader)
+        for _ in range(2 + rank):  # not as far on all ranks
+            next(epoch)
+        ckpt.save({"data": loader, "more": {"sampler": loader.sampler}}, f"{folder}/a")
+        rest = [number for batch in epoch for number in batch.tolist()]
+        other, sampler = _part(rank, world_size), _part(rank, world_size).sampler
+        ckpt.load({"data": other, "more": {"sampler": sampler}}, f"{folder}/a")
+        assert _rest(other) == rest
+        assert len(list(sampler)) == 12 - 2 * (2 + rank)
+        # what calls itself by no such name is saved as equal on all ranks
+        loader = _part(rank, world_size)
+        next(iter(loader))
+        ckpt.save({"data": Plain(loader)}, f"{folder}/b")
+        other = _part(rank, world_size)
+        ckpt.load({"data": other}, f"{folder}/b")
+        assert len(_rest(other)) == 10
+        return
+    for name in ("a", "b"):
+        loader = _part(rank, world_size)
+        state = {"data": loader, "more": {"sampler": loader.sampler}} if name == "a" else {"data": loader}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = ckpt.load(state, f"{folder}/{name}")
+        assert result.per_rank_skipped == (["data", "more.sampler"] if name == "a" else ["data"])
+        (told,) = [str(item.message) for item in caught if "no rule" in str(item.message)]
+        assert f"of 2 ranks, and there are {world_size} now" in told
+        assert "data" in told
+        assert _rest(loader) == list(range(rank, 24, world_size))
+
+
+def test_a_loader_of_torchdata_is_its_ranks_own_without_a_word(tmp_path: Path) -> None:
+    run_ranks(_unmarked, 2, str(tmp_path))
+    run_ranks(_unmarked, 3, str(tmp_path))
+    run_ranks(_unmarked, 1, str(tmp_path))

@@ -33,7 +33,7 @@ def mark_layout(
     Args:
         module: this rank's module, plain tensors in it, not wrapped by DDP or FSDP yet.
         layout: how tensors lie on the ranks; rules in which a tensor of the rank is, or is part of, the one of the same
-            name.
+            name, or of the one that this name is tied to.
         mesh: axes and sizes, such as Mesh.parse("dp=2,tp=4").
         shapes: name within the module -> shape of the whole tensor; or the whole model, on the meta device if need be.
         rank: which rank of the mesh this is; by default that of the default process group.
@@ -41,7 +41,8 @@ def mark_layout(
     Raises:
         LayoutError: the layout is wrong or does not fit the shapes, or says what can't be marked: tensors of which
             several are one on the ranks, or which have other names there.
-        StateError: the module has not the tensors that the layout says, of the shapes that it says. Nothing is marked.
+        StateError: the module has not the tensors, or not the ties, that the layout says, of the shapes that it says.
+            Nothing is marked.
     """
     if isinstance(shapes, nn.Module):
         shapes = {name: tuple(tensor.shape) for name, tensor in walk_module(shapes).members}
@@ -52,8 +53,9 @@ def mark_layout(
     held = resolved.local(rank)
     found: list[tuple[nn.Module, str, Lowered]] = []
     seen: set[str] = set()
+    ties: dict[str, tuple[str, torch.Tensor, Lowered]] = {}
     for fqn, owner, name, tensor in _tensors(module):
-        if fqn not in wholes:
+        if fqn not in wholes and fqn not in resolved.aliases:
             raise StateError(
                 f"the module has a tensor {fqn!r} of whose whole nothing is said; its shape has to be among the "
                 "shapes, and if the module is wrapped (by DDP, say), mark it before",
@@ -73,13 +75,38 @@ def mark_layout(
             )
         seen.add(fqn)
         lowered = _lowered(resolved, fqn, local)
-        if lowered.pieces != ((Box.whole(wholes[fqn]),) * 2,) or tuple(tensor.shape) != wholes[fqn]:
+        _check_tie(resolved, (fqn, tensor, lowered), ties)
+        if lowered.pieces != ((Box.whole(lowered.shape),) * 2,) or tuple(tensor.shape) != lowered.shape:
             found.append((owner, name, lowered))
     lacking = next((name for name in held if name not in seen), None)
     if lacking is not None:
         raise StateError(f"by the layout rank {rank} has {lacking!r}, and the module has not", tensor=lacking)
     for owner, name, lowered in found:
         note_mark(owner, name, lowered)
+
+
+def _check_tie(
+    resolved: Resolved, here: tuple[str, torch.Tensor, Lowered], ties: dict[str, tuple[str, torch.Tensor, Lowered]]
+) -> None:
+    """Refuse names that the layout ties and the module does not, and a tensor of which two rules say two things.
+
+    `ties`: tensor of the checkpoint -> the first that the module has of its names. Where a stage of a pipeline has only
+    one of them, there is nothing to compare.
+    """
+    name, tensor, lowered = here
+    first, known, said = ties.setdefault(resolved.aliases.get(name, name), here)
+    if known is not tensor:
+        raise StateError(
+            f"by the layout {name!r} and {first!r} are one tensor, and in the module they are two; tie them there, or "
+            "give each a rule without `tied`",
+            tensor=name,
+        )
+    if said.pieces != lowered.pieces:
+        raise LayoutError(
+            f"{name!r} and {first!r} are one tensor in the module, and {resolved.rule(name)} cuts it in another way "
+            f"than {resolved.rule(first)}; give both the same cut",
+            tensor=name,
+        )
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
@@ -96,7 +123,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Ten
 
 
 def _lowered(resolved: Resolved, name: str, local: LocalTensor) -> Lowered:
-    """What a rank's tensor is of the whole one of the same name."""
+    """What a rank's tensor is of the whole one of the same name, or of the one that this name is tied to."""
+    whole = resolved.aliases.get(name, name)
     strides = strides_of(local.shape)
     pieces: list[tuple[Box, Box]] = []
     for piece in local.pieces:
@@ -106,7 +134,7 @@ def _lowered(resolved: Resolved, name: str, local: LocalTensor) -> Lowered:
         alike = len(sizes) == len(strides) and all(
             size == 1 or here == there for size, here, there in zip(sizes, piece.strides, strides, strict=True)
         )
-        if piece.tensor != name or not alike:
+        if piece.tensor != whole or not alike:
             raise LayoutError(
                 f"{resolved.rule(piece.tensor)} puts {piece.tensor!r} {piece.box} into the ranks' tensor {name!r} in a "
                 "way that can't be marked: a tensor there has to be, or be part of, the one of the same name; give "
@@ -119,4 +147,4 @@ def _lowered(resolved: Resolved, name: str, local: LocalTensor) -> Lowered:
             corner.append(at)
         pieces.append((piece.box, Box(tuple(corner), sizes)))
     mesh = resolved.mesh
-    return Lowered(resolved.tensors[name], tuple(pieces), resolved.cut(name), (tuple(mesh.names), tuple(mesh.shape)))
+    return Lowered(resolved.tensors[whole], tuple(pieces), resolved.cut(whole), (tuple(mesh.names), tuple(mesh.shape)))

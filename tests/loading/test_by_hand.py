@@ -21,7 +21,7 @@ from torch.nn import functional
 import ckpt
 from ckpt.state import flatten
 from ckpt_formats.errors import CoverageError, LayoutError, StateError
-from ckpt_formats.layout import Layout, Mesh
+from ckpt_formats.layout import Cut, Layout, Mesh, Rule
 from tests.loading.cuts import WIDTH, Run, _Shared, _Summed, rounded, weight
 from tests.loading.test_every_cut import contents
 from tests.ranks import run_ranks
@@ -306,3 +306,63 @@ def test_one_tensor_on_the_ranks_out_of_several_can_not_be_marked() -> None:
     joined = Layout.parse('[[rule]]\nmatch = ["q", "k"]\njoin = 0\nlocal = "q"')
     with pytest.raises(LayoutError, match="can't be marked"):
         ckpt.mark_layout(nn.ParameterDict({"q": torch.zeros(8, 3)}), joined, Mesh.parse("tp=1"), whole, rank=0)
+
+
+TIED = Layout.parse("""
+[[rule]]
+match = "embed.weight"
+on = {pp = [0]}
+pad = {dim = 0, to = 16}
+cut = {axis = "tp", dim = 0}
+
+[[rule]]
+match = "head.weight"
+tied = "embed.weight"
+on = {pp = [-1]}
+pad = {dim = 0, to = 16}
+cut = {axis = "tp", dim = 0}
+""")
+
+
+def tied_model(rows: int) -> nn.ModuleDict:
+    torch.manual_seed(5)
+    model = nn.ModuleDict({"embed": nn.Embedding(rows, 3), "head": nn.Linear(3, rows, bias=False)})
+    model["head"].weight = model["embed"].weight
+    return model
+
+
+def save_tied(rank: int, world: int, path: str) -> None:
+    model, rows = tied_model(8), tied_model(11)["embed"].weight
+    with torch.no_grad():
+        model["embed"].weight[: 11 - 8 * rank] = rows[8 * rank : 8 * rank + 8]
+    ckpt.mark_layout(model, TIED, Mesh.parse("pp=1,tp=2"), tied_model(11))
+    ckpt.save({"model": model}, path)
+    again = tied_model(8)
+    ckpt.mark_layout(again, TIED, Mesh.parse("pp=1,tp=2"), {"embed.weight": (11, 3)})
+    nn.init.zeros_(again["head"].weight)
+    ckpt.load({"model": again}, path)
+    assert torch.equal(again["embed"].weight[: 11 - 8 * rank], rows[8 * rank : 8 * rank + 8])
+
+
+def test_what_a_layout_ties_is_marked_under_each_of_its_names(tmp_path: Path) -> None:
+    run_ranks(save_tied, 2, str(tmp_path / "a"))
+    with ckpt.open(tmp_path / "a") as checkpoint:
+        assert checkpoint.manifest.aliases == {"model.head.weight": "model.embed.weight"}
+        assert torch.equal(checkpoint["model.head.weight"][:], tied_model(11)["embed"].weight)
+    # on the last stage of a pipeline there is only the other name
+    head = nn.ModuleDict({"head": nn.Linear(3, 8, bias=False)})
+    ckpt.mark_layout(head, TIED, Mesh.parse("pp=2,tp=2"), tied_model(11), rank=3)
+    local = flatten({"model": head}).tensors["model.head.weight"]
+    assert (local.shape, [str(piece.box) for piece in local.pieces]) == ((11, 3), ["[8:11,0:3]"])
+
+
+def test_a_tie_that_the_module_has_not_and_one_that_is_cut_in_two_ways_are_refused_with_both_names() -> None:
+    mesh = Mesh.parse("pp=1,tp=2")
+    apart = nn.ModuleDict({"embed": nn.Embedding(8, 3), "head": nn.Linear(3, 8, bias=False)})
+    with pytest.raises(StateError, match=r"'head.weight' and 'embed.weight' are one tensor, and in the module .* two"):
+        ckpt.mark_layout(apart, TIED, mesh, tied_model(11), rank=0)
+    crossed = Layout(
+        rules=[TIED.rules[0], Rule(match="head.weight", tied="embed.weight", cut=Cut(axis="tp", dim=0, sizes=[3, 8]))]
+    )
+    with pytest.raises(LayoutError, match=r"(?s)'head.weight' and 'embed.weight' are one tensor.*give both the same"):
+        ckpt.mark_layout(tied_model(8), crossed, mesh, tied_model(11), rank=1)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ckpt.state.entries import entries_of
+from ckpt.state.modules import fsdp_groups
 
 __all__ = ["Materialised"]
 
@@ -88,7 +89,6 @@ def _set(module: nn.Module, name: str, parameter: bool, tensor: torch.Tensor) ->
 def _tell_fsdp(root: nn.Module) -> None:
     """Let FSDP2 take up the parameters that its modules have now, as it does after `to_empty`."""
     for module in root.modules():
-        state = getattr(module, "_get_fsdp_state", None)
-        group = getattr(state(), "_fsdp_param_group", None) if state is not None else None
-        for parameter in group.fsdp_params if group is not None else ():
-            parameter.reset_sharded_param()
+        for group in fsdp_groups(module):
+            for parameter in group.fsdp_params:
+                parameter.reset_sharded_param()

@@ -28,7 +28,7 @@ from ckpt.state.fsdp1 import FlatMember, flat_parameter, members_of
 from ckpt.state.types import Lowered, by_hand
 from ckpt_formats.errors import StateError
 
-__all__ = ["CustomModule", "ModuleState", "Stages", "mark", "note_mark", "walk_module"]
+__all__ = ["CustomModule", "ModuleState", "Stages", "fsdp_groups", "mark", "note_mark", "walk_module"]
 
 _EXTRA_STATE = "_extra_state"  # nn.Module.state_dict's own suffix
 
@@ -407,14 +407,21 @@ def _is_custom(module: nn.Module, traits: _Traits, loading: bool) -> bool:
     )
 
 
+def fsdp_groups(module: nn.Module) -> list[Any]:
+    """The groups in which FSDP2 shards the parameters of a module; none if it is no module of FSDP2."""
+    if not _traits(module).fsdp:
+        return []
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    # older releases of torch have one group or none
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
 def _note_fsdp(module: Any, found: ModuleState) -> None:
     """Find the sharded form of the parameters that this FSDP2 module, or one that shares its group, holds gathered."""
     found.fsdp.append(module)
-    state = module._get_fsdp_state()
-    # older releases of torch have one group or none
-    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-    for group in groups:
-        if group is None or group.is_sharded:
+    for group in fsdp_groups(module):
+        if group.is_sharded:
             continue
         for parameter in group.fsdp_params:
             where = parameter._module_info

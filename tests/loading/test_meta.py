@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_common
+from torch.distributed.tensor import Shard
 
 import ckpt
 from ckpt_formats.errors import CheckpointError, StateMismatchError
@@ -84,6 +87,42 @@ def test_fsdp2_on_the_meta_device_is_filled_shard_by_shard_and_runs(tmp_path: Pa
     for runs, weight in run_ranks(_sharded, 2, str(tmp_path / "c")):
         assert runs
         assert torch.equal(weight, model[1].weight)
+
+
+class Expert(nn.Module):
+    """A parameter to shard over other ranks than the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 4, bias=False)
+        self.expert = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.router(x) @ self.expert
+
+
+def _sharded_over_two_meshes(rank: int, world_size: int, path: str) -> torch.Tensor:
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("data", "expert"))
+    over = {axis: _fsdp_common.FSDPMeshInfo(mesh=mesh[axis], shard_mesh_dim=0) for axis in ("data", "expert")}
+    with torch.device("meta"):
+        model = Expert()
+    expert = model.expert
+
+    def place(parameter: nn.Parameter) -> Any:
+        axis = "expert" if parameter is expert else "data"
+        return _fsdp_common.ShardPlacementResult(placement=Shard(0), mesh_info=over[axis])
+
+    fully_shard(model, mesh=mesh["data"], shard_placement_fn=place)
+    ckpt.load({"model": model}, path)
+    return model(torch.ones(2, 4)).detach()
+
+
+@pytest.mark.skipif(not hasattr(_fsdp_common, "ShardPlacementResult"), reason="this torch has one mesh for all")
+def test_fsdp2_with_a_mesh_for_each_parameter_is_filled_on_the_meta_device(tmp_path: Path) -> None:
+    model = Expert()
+    ckpt.save({"model": model}, tmp_path / "c")
+    for output in run_ranks(_sharded_over_two_meshes, 4, str(tmp_path / "c")):
+        torch.testing.assert_close(output, model(torch.ones(2, 4)).detach())
 
 
 def _misfit(rank: int, world_size: int, path: str, what: str) -> tuple[str, bool]:

@@ -328,7 +328,7 @@ class _Load:
             self._made.undo()
 
     def _check_made(self, made: Materialised) -> None:
-        absent = sorted(set(made.names) & set(self.target.missing))
+        absent = sorted(made.unfilled(self.target.tensors, self.target.filled()))
         if absent:
             raise StateMismatchError(
                 f"{self._path} does not fit the state."

@@ -14,8 +14,9 @@ knows nothing of optimizers, boxes or checkpoints.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,17 @@ from ckpt.state.fsdp1 import FlatMember, flat_parameter, members_of
 from ckpt.state.types import Lowered, by_hand
 from ckpt_formats.errors import StateError
 
-__all__ = ["CustomModule", "ModuleState", "Stages", "fsdp_groups", "mark", "note_mark", "walk_module"]
+__all__ = [
+    "CustomModule",
+    "ModuleState",
+    "Stages",
+    "fsdp_groups",
+    "mark",
+    "modules_in",
+    "note_mark",
+    "padded",
+    "walk_module",
+]
 
 _EXTRA_STATE = "_extra_state"  # nn.Module.state_dict's own suffix
 
@@ -275,10 +286,21 @@ def _visit(module: nn.Module, prefix: str, found: ModuleState, flats: _Flats, lo
         if traits.extra_state:
             found.extra.append((prefix + _EXTRA_STATE, module))
 
+    for inner, child in _children(module, prefix, traits):
+        _visit(child, inner, found, flats, loading, members=members)
+
+
+def modules_in(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """A module and all modules in it, each after what the fully qualified names of its own tensors begin with."""
+    yield prefix, module
+    for inner, child in _children(module, prefix, _traits(module)):
+        yield from modules_in(child, inner)
+
+
+def _children(module: nn.Module, prefix: str, traits: _Traits) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module._modules.items():
         if child is not None:
-            inner = prefix if traits.stages or name == traits.inner else f"{prefix}{name}."
-            _visit(child, inner, found, flats, loading, members=members)
+            yield prefix if traits.stages or name == traits.inner else f"{prefix}{name}.", child
 
 
 def _enter_parameters(module: nn.Module, prefix: str, found: ModuleState, flats: _Flats, *, members: bool) -> None:
@@ -373,6 +395,12 @@ def note_mark(module: nn.Module, name: str, lowered: Lowered) -> None:
     """Keep a mark of a parameter or buffer that the module has, of the shape that it has now."""
     tensor: Any = module._parameters.get(name, module._buffers.get(name))
     module.__dict__.setdefault(_MARKS, {})[name] = tuple(tensor.shape), lowered
+
+
+def padded(module: nn.Module, name: str) -> bool:
+    """Whether a parameter or buffer is marked as parts of a larger one which do not cover it."""
+    shape, lowered = module.__dict__.get(_MARKS, {}).get(name, ((), None))
+    return lowered is not None and sum(within.numel for _, within in lowered.pieces) < math.prod(shape)
 
 
 def _enter_marked(

@@ -7,7 +7,7 @@ changes nothing in the state. Knows no files: a checkpoint is known by its names
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class Target:
         self.per_rank_skipped: list[str] = []
         self.per_rank_derived: list[str] = []
         self._live: Mapping[str, torch.Tensor] = {}
+        self._replaced: list[torch.Tensor] = []
         self._parts: list[_Module | OptimizerTarget | _Stateful | _Value] = []
         self._deepspeed = _DeepSpeed([], [])
 
@@ -83,6 +84,13 @@ class Target:
             part.apply(given)
         self.per_rank_skipped = given.skipped
         self.per_rank_derived = given.derived
+
+    def filled(self) -> Iterator[torch.Tensor]:
+        """Live tensors that get values: what is filled, and what `apply` gives other tensors for to whoever has it."""
+        for local in self.tensors.values():
+            for piece in local.pieces:
+                yield piece.view
+        yield from self._replaced
 
     def refresh(self) -> None:
         """Have DeepSpeed make what it computes with anew: collective, so first `apply` has to succeed on all ranks."""
@@ -380,7 +388,10 @@ class _Matching:
         if there is not None and there.dtype == found.dtype and there.shape == found.shape:
             self._inventory.adopt(name, live)
         else:
-            device = live.live[name].device if name in live.live else "cpu"
+            device: torch.device | str = "cpu"
+            if name in live.live:
+                device = live.live[name].device
+                self._target._replaced.append(live.live[name])
             self._saved.require(name)
             self._inventory.tensor(name, torch.empty(found.shape, dtype=found.dtype, device=device))
 

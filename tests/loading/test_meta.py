@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_common
@@ -30,6 +32,14 @@ class Tied(nn.Module):
         self.register_buffer("table", torch.ones(3), persistent=False)
 
 
+@pytest.fixture
+def garbage() -> Iterator[None]:
+    """Memory that nobody has written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def _save(path: Path) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     model = Tied()
@@ -38,11 +48,29 @@ def _save(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_a_model_on_the_meta_device_is_made_and_filled_and_its_ties_stay(tmp_path: Path) -> None:
+def _bare(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _stages(model: nn.Module) -> nn.Module:
+    return ckpt.Stages([model])
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+wrapped = pytest.mark.parametrize("wrap", [_bare, _stages, checkpoint_wrapper, _compiled])
+
+
+@wrapped
+def test_a_model_on_the_meta_device_is_made_and_filled_and_its_ties_stay(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
     saved = _save(tmp_path / "c")
     with torch.device("meta"):
         model = Tied()
-    result = ckpt.load({"model": model}, tmp_path / "c")
+    result = ckpt.load({"model": wrap(model)}, tmp_path / "c")
     assert model.head.weight is model.embed.weight
     loaded = model.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
@@ -59,14 +87,113 @@ def test_a_model_that_does_not_fit_stays_on_the_meta_device(tmp_path: Path) -> N
     assert all(tensor.is_meta for tensor in model.state_dict().values())
 
 
-def test_what_the_checkpoint_lacks_is_not_left_without_values(tmp_path: Path) -> None:
+@wrapped
+def test_what_the_checkpoint_lacks_is_not_left_without_values(
+    tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
     _save(tmp_path / "c")
     with torch.device("meta"):
         model = Tied()
         model.extra = nn.Linear(2, 2)
     with pytest.raises(StateMismatchError, match=r"On the meta device and not in the checkpoint: model\.extra\.bias"):
-        ckpt.load({"model": model}, tmp_path / "c", strict=False)
-    assert model.extra.weight.is_meta
+        ckpt.load({"model": wrap(model)}, tmp_path / "c", strict=False)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+
+class Adapted(nn.Module):
+    """Hooks on saving and loading, as modules with adapters have them."""
+
+    def __init__(self, change: Callable[[dict[str, Any]], None], back: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 4)
+        self.adapter = nn.Linear(4, 4)
+        self.register_state_dict_post_hook(lambda _, state, *__: change(state))
+        self.register_load_state_dict_pre_hook(lambda _, state, *__: back(state))
+
+
+def _drop(state: dict[str, Any]) -> None:
+    del state["base.weight"], state["base.bias"]
+
+
+def _rename(state: dict[str, Any]) -> None:
+    state["kernel"] = state.pop("base.weight")
+
+
+def _rename_back(state: dict[str, Any]) -> None:
+    state["base.weight"] = state.pop("kernel")
+
+
+def _double(state: dict[str, Any]) -> None:
+    state["base.weight"] = state["base.weight"] * 2
+
+
+def _halve(state: dict[str, Any]) -> None:
+    state["base.weight"] = state["base.weight"] / 2
+
+
+def _nothing(state: dict[str, Any]) -> None:
+    pass
+
+
+def test_what_a_module_does_not_save_of_itself_is_not_left_without_values(tmp_path: Path) -> None:
+    ckpt.save({"model": Adapted(_drop, _nothing)}, tmp_path / "c")
+    with torch.device("meta"):
+        model = Adapted(_drop, _nothing)
+    with pytest.raises(StateMismatchError, match=r"not in the checkpoint: model\.base\.bias, model\.base\.weight\."):
+        ckpt.load({"model": model}, tmp_path / "c")
+    assert all(tensor.is_meta for tensor in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("change", "back"), [(_rename, _rename_back), (_double, _halve)])
+def test_a_module_that_saves_itself_under_other_names_or_values_is_filled_by_its_own_code(
+    tmp_path: Path,
+    garbage: None,
+    change: Callable[[dict[str, Any]], None],
+    back: Callable[[dict[str, Any]], None],
+    dtype: torch.dtype,
+) -> None:
+    saved = Adapted(change, back)
+    ckpt.save({"model": saved}, tmp_path / "c")
+    with torch.device("meta"):
+        model = Adapted(change, back).to(dtype)
+    ckpt.load({"model": model}, tmp_path / "c", cast=True)
+    for loaded, parameter in zip(model.parameters(), saved.parameters(), strict=True):
+        assert torch.equal(loaded, parameter.to(dtype))
+
+
+def test_padding_of_a_marked_tensor_is_zero(tmp_path: Path, garbage: None) -> None:
+    whole = nn.Embedding(11, 5)
+    ckpt.save({"model": whole}, tmp_path / "c")
+    part = nn.Embedding(8, 5, device="meta")
+    ckpt.mark(part, "weight", (11, 5), parts=[((8, 0), (0, 0), (3, 5))])
+    ckpt.load({"model": part}, tmp_path / "c")
+    assert torch.equal(part.weight[:3], whole.weight[8:])
+    assert not part.weight[3:].any()
+
+
+def test_ties_between_entries_stay(tmp_path: Path) -> None:
+    def tied() -> tuple[nn.Module, nn.Module]:
+        embed, head = nn.Embedding(4, 4), nn.Linear(4, 4, bias=False)
+        head.weight = embed.weight
+        return embed, head
+
+    first, second = tied()
+    ckpt.save({"first": first, "second": second}, tmp_path / "c")
+    with torch.device("meta"):
+        embed, head = tied()
+    ckpt.load({"first": embed, "second": head}, tmp_path / "c")
+    assert head.weight is embed.weight
+    assert torch.equal(head.weight, first.weight)
+
+
+def test_a_model_for_which_there_is_no_memory_stays_on_the_meta_device(tmp_path: Path) -> None:
+    ckpt.save({"model": nn.Sequential(nn.Linear(4, 4), nn.Embedding(4, 1))}, tmp_path / "c")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(10**15, 1))
+    with pytest.raises(RuntimeError, match="memory"):
+        ckpt.load({"model": model}, tmp_path / "c")
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def _sharded(rank: int, world_size: int, path: str) -> tuple[bool, torch.Tensor]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ckpt import collector
 from ckpt.state.containers import is_spread, references, rejoin, replace
-from ckpt.state.deepspeed import Masters, masters_of
+from ckpt.state.deepspeed import Masters, groups_of, masters_of
 from ckpt.state.deepspeed import drop_gathered as drop_gathered_by_stage3
 from ckpt.state.entries import Entry, entries_of
 from ckpt.state.flatten import enter_tensors, note_parameters
@@ -113,9 +113,10 @@ def build_target(state: Mapping[str, object], saved: SavedState) -> Target:
     """
     entries = entries_of(state)
     index = _Index(saved, [entry.key for entry in entries])
-    matching = _Matching(saved, index, masters_of(entry.value for entry in entries))
+    optimizers = [entry.value for entry in entries if entry.kind == "optimizer"]
+    owned = {id(p) for optimizer in optimizers for group in groups_of(optimizer) for p in group["params"]}
+    matching = _Matching(saved, index, masters_of(entry.value for entry in entries), owned)
     parameters = Parameters()
-    optimizers = any(entry.kind == "optimizer" for entry in entries)
     for entry in entries:
         if entry.kind == "module":
             matching.module(entry, parameters)
@@ -241,8 +242,9 @@ class _Value:
 class _Matching:
     """The work of build_target."""
 
-    def __init__(self, saved: SavedState, index: _Index, masters: list[Masters]) -> None:
+    def __init__(self, saved: SavedState, index: _Index, masters: list[Masters], owned: set[int]) -> None:
         self._saved = saved
+        self._owned = owned
         self._masters = masters
         self._stage3: list[torch.nn.Parameter] = []
         self._index = index
@@ -301,10 +303,10 @@ class _Matching:
                 self._spread(part, f"{path}.{key}", item, value, key)
         elif isinstance(value, Shard):
             self._inventory.shard(path, value)
-        elif isinstance(value, torch.Tensor) and (top or isinstance(value, DTensor) or self._fits(path, value)):
+        elif isinstance(value, torch.Tensor) and (top or self._is_kept(value) or self._fits(path, value)):
             self._inventory.tensor(path, value)
         else:
-            marked = self._tree(path, value)
+            marked = self._tree(path, value, container=True)
             if marked is ABSENT:
                 return
             if not hasattr(parent, "__setitem__") and not isinstance(value, _CHANGED_IN_PLACE):
@@ -314,15 +316,20 @@ class _Matching:
                 )
             part.new.append((path, parent, slot, marked))
 
+    def _is_kept(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor in a container has others who know it, so that no new one can take its place."""
+        return isinstance(tensor, torch.nn.Parameter | DTensor) or id(tensor) in self._owned
+
     def _fits(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a tensor can be filled in place (one that the checkpoint doesn't have is as good as that)."""
         found = self._saved.find(name)
         return found is None or (found.dtype == tensor.dtype and found.shape == tuple(tensor.shape))
 
-    def _tree(self, path: str, value: Any) -> Any:
+    def _tree(self, path: str, value: Any, *, container: bool = False) -> Any:
         """Match a value that is taken as the checkpoint has it; ABSENT, and noted as missing, if it has none.
 
-        Tensors that the live value has under the same names are filled in place, if they fit; others are made.
+        Tensors that the live value has under the same names are filled in place, if they fit; others are made. In a
+        container of the state itself, parameters are filled in any case.
         """
         marked = self._saved_tree(path)
         if marked is ABSENT:
@@ -332,7 +339,7 @@ class _Matching:
         live.mark(path, value)
         for mark in references(marked):
             if isinstance(mark, TensorRef):
-                self._tensor(mark.name, live, path)
+                self._tensor(mark.name, live, path, container=container)
         return marked
 
     def _saved_tree(self, path: str) -> Any:
@@ -364,7 +371,7 @@ class _Matching:
         flat = next((entry.get("flat", ()) for key, entry in saved.entries.items() if _within(path, key)), ())
         return rejoin(path, leaves, flat)
 
-    def _tensor(self, name: str, live: Inventory, path: str) -> None:
+    def _tensor(self, name: str, live: Inventory, path: str, *, container: bool) -> None:
         """Enter a tensor that a value refers to: the live one if it fits, else a new one on the CPU."""
         self._wanted.add(name)
         described = self._saved.values.get(name)
@@ -385,7 +392,8 @@ class _Matching:
                 tensor=name,
             )
         there = live.local.tensors.get(live.local.aliases.get(name, name))
-        if there is not None and there.dtype == found.dtype and there.shape == found.shape:
+        kept = container and there is not None and self._is_kept(live.live[name])
+        if there is not None and (kept or (there.dtype, there.shape) == (found.dtype, found.shape)):
             self._inventory.adopt(name, live)
         else:
             device: torch.device | str = "cpu"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import ckpt
+from ckpt.state import flatten
 from ckpt_formats.checkpoint import open_checkpoint
 from ckpt_formats.errors import (
     CheckpointNotFoundError,
@@ -92,6 +95,39 @@ def test_another_dtype_is_refused_unless_a_cast_is_asked_for(tmp_path: Path) -> 
     assert not target.any()
     ckpt.load({"w": target}, tmp_path / "a", cast=True)
     assert torch.equal(target, saved.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "held", [lambda w: {"w": w}, lambda w: [w], lambda w: {"d": [(w,)]}], ids=["dict", "list", "deep"]
+)
+@pytest.mark.parametrize(
+    "make", [torch.nn.Parameter, lambda tensor: tensor.requires_grad_()], ids=["parameter", "tensor"]
+)
+def test_a_parameter_in_a_container_is_never_replaced(
+    held: Callable[[Any], Any], make: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    def build(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, Any]]:
+        w = make(torch.randn(shape).to(dtype))
+        return w, {"params": held(w), "optimizer": torch.optim.SGD([w], lr=0.1, momentum=0.9)}
+
+    saved, state = build((2, 3), torch.float32)
+    saved.grad = torch.ones_like(saved)
+    state["optimizer"].step()
+    ckpt.save(state, tmp_path / "a")
+    for shape, dtype, error in (
+        ((4, 3), torch.float32, ShapeMismatchError),
+        ((2, 3), torch.bfloat16, DtypeMismatchError),
+    ):
+        w, state = build(shape, dtype)
+        before = w.detach().clone()
+        with pytest.raises(error, match=r"params\.[\w.]+ \("):
+            ckpt.load(state, tmp_path / "a")
+        assert torch.equal(w, before)
+        assert not state["optimizer"].state
+    ckpt.load(state, tmp_path / "a", cast=True)
+    assert torch.equal(w, saved.bfloat16())
+    assert state["optimizer"].state[w]["momentum_buffer"].dtype == torch.bfloat16
+    assert next(iter(flatten(state).tensors.values())).pieces[0].view.data_ptr() == w.data_ptr()
 
 
 def test_a_cast_that_would_lose_more_than_digits_is_refused_even_if_asked_for(tmp_path: Path) -> None:

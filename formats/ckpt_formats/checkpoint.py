@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import EllipsisType, TracebackType
+from types import TracebackType
 from typing import Any, Self, overload
 
 import numpy as np
@@ -20,6 +20,7 @@ from ckpt_formats.arrays import AnyArray
 from ckpt_formats.dtypes import DType
 from ckpt_formats.errors import CheckpointNotFoundError, FormatError, MissingTensorError, StoreError
 from ckpt_formats.geometry import Box
+from ckpt_formats.indexing import Index, pick
 from ckpt_formats.json_text import parse_json
 from ckpt_formats.locations import LocationMap
 from ckpt_formats.locks import Hold, hold
@@ -32,7 +33,6 @@ from ckpt_formats.selecting import selected
 from ckpt_formats.urls import tidy
 from ckpt_formats.values.tree import brief
 
-Index = int | slice | EllipsisType
 Leaves = Mapping[str, Callable[[Any, str], object]]
 Wrap = Callable[[AnyArray, DType], Any]
 
@@ -51,9 +51,10 @@ class LazyTensor:
         dtype: its dtype; `str(dtype)` is torch's name for it.
     """
 
-    def __init__(self, reader: Reader, name: str, meta: TensorMeta, wrap: Wrap) -> None:
+    def __init__(self, reader: Reader, name: str, meta: TensorMeta, wrap: Wrap, block_size: int) -> None:
         self._reader = reader
         self._wrap = wrap
+        self._block_size = block_size
         self.name = name
         self.shape = meta.shape
         self.dtype = meta.dtype
@@ -67,18 +68,33 @@ class LazyTensor:
         return f"LazyTensor({self.name!r}, {self.dtype}, {list(self.shape)})"
 
     def __getitem__(self, index: Index | tuple[Index, ...]) -> Any:
-        """Read a part by integers, slices (steps included) and `...`; only the blocks that hold it are read.
+        """Read a part by integers, slices (steps included) and `...`; only the blocks that hold it are read, and
+        what lies between picked ones that are closer than a block.
 
         Raises:
             IndexError: the index does not fit the shape.
             CorruptionError: bytes that are needed do not fit their checksum.
         """
-        box, rest = _bounding_box(self.shape, index if isinstance(index, tuple) else (index,))
-        self._reader.require(self.name, box)
-        array: AnyArray = np.empty(box.sizes, dtype=self.dtype.carrier)
-        self._reader.read([Request(self.name, box, array)])
+        return self._wrap(self._read(index if isinstance(index, tuple) else (index,)), self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> AnyArray:
+        """All of it, for `numpy.asarray`. TypeError when numpy has no such dtype, ValueError for `copy=False`."""
+        if self.dtype.numpy is None:
+            raise TypeError(f"numpy has no dtype for the elements of {self.name!r}, {self.dtype}; read it by t[:]")
+        if copy is False:
+            raise ValueError(f"{self.name!r} lies in a checkpoint, so an array of it is a copy; leave out copy=False")
+        array: AnyArray = self._read(()).view(self.dtype.numpy)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def _read(self, index: tuple[Index, ...]) -> AnyArray:
+        picked = pick(self.shape, index, -(-self._block_size // self.dtype.itemsize))
+        self._reader.require(self.name, picked.bounds)
+        array: AnyArray = np.empty(picked.shape, dtype=self.dtype.carrier)
+        self._reader.read(Request(self.name, box, array[at.slices()]) for box, at in picked.boxes())
         # `rest` may turn a 0-d result into a scalar; [...] keeps it an array
-        return self._wrap(array[(*rest, ...)], self.dtype)
+        found: AnyArray = array[(*picked.rest, ...)]
+        # a view would keep all that was read
+        return found.copy() if 2 * found.nbytes <= array.nbytes else found
 
 
 class _Tensors(Mapping[str, LazyTensor]):
@@ -90,7 +106,9 @@ class _Tensors(Mapping[str, LazyTensor]):
 
     def __getitem__(self, name: str) -> LazyTensor:
         manifest = self._checkpoint.manifest
-        return LazyTensor(self._checkpoint.reader, name, manifest.meta(name), self._checkpoint.wrap)
+        return LazyTensor(
+            self._checkpoint.reader, name, manifest.meta(name), self._checkpoint.wrap, manifest.block_size
+        )
 
     def __iter__(self) -> Iterator[str]:
         yield from self._metas
@@ -300,44 +318,3 @@ def _hold(folder: str) -> Hold | None:
         raise  # it is being removed
     except OSError:
         return None  # why it can't be read is better said by who reads it
-
-
-def _bounding_box(shape: tuple[int, ...], index: tuple[Index, ...]) -> tuple[Box, tuple[int | slice, ...]]:
-    """The box that holds everything an index selects, and the index that is left to apply within it."""
-    if sum(part is Ellipsis for part in index) > 1:
-        raise IndexError("an index can have only one '...'")
-    explicit = len(index) - (Ellipsis in index)
-    if explicit > len(shape):
-        raise IndexError(f"{explicit} indices for a tensor of {len(shape)} dimensions")
-    parts: list[int | slice] = []
-    for part in index:
-        if part is Ellipsis:
-            parts.extend([slice(None)] * (len(shape) - explicit))
-        elif isinstance(part, (int, slice)):
-            parts.append(part)
-        else:
-            raise IndexError(f"a tensor of a checkpoint is indexed by integers, slices and '...', not {part!r}")
-    parts.extend([slice(None)] * (len(shape) - len(parts)))
-    offsets: list[int] = []
-    sizes: list[int] = []
-    rest: list[int | slice] = []
-    for dim, (part, extent) in enumerate(zip(parts, shape, strict=True)):
-        if isinstance(part, int):
-            at = part + extent if part < 0 else part
-            if not 0 <= at < extent:
-                raise IndexError(f"index {part} is out of range for dimension {dim} of size {extent}")
-            offsets.append(at)
-            sizes.append(1)
-            rest.append(0)
-            continue
-        picked = range(extent)[part]
-        if not picked:
-            offsets.append(0)
-            sizes.append(0)
-            rest.append(slice(None))
-            continue
-        low, high = min(picked[0], picked[-1]), max(picked[0], picked[-1])
-        offsets.append(low)
-        sizes.append(high - low + 1)
-        rest.append(slice(None, None, picked.step))
-    return Box(tuple(offsets), tuple(sizes)), tuple(rest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ckpt_formats.errors import (
 )
 from ckpt_formats.geometry import Box
 from ckpt_formats.locations import LocationMap, Places
-from ckpt_formats.reading import Reader, Request
+from ckpt_formats.reading import Reader, ReadStats, Request
 from ckpt_formats.sources import LocalFile
 from tests.ranks import run_ranks
 
@@ -220,6 +220,55 @@ def test_slices_read_only_the_blocks_that_hold_them(tmp_path: Path) -> None:
             lazy[4096]
         with pytest.raises(IndexError, match="3 indices"):
             lazy[0, 0, 0]
+
+
+def test_steps_over_a_block_and_more_read_and_keep_only_what_they_pick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.arange(2 * 16 * 2**18, dtype=torch.float32).reshape(2, 16, 2**18)  # rows of 1 MiB
+    ckpt.save({"w": rows}, tmp_path / "a")
+    read, original = [], Reader.read
+
+    def count(self: Reader, requests: Iterable[Request]) -> ReadStats:
+        read.append(original(self, requests))
+        return read[-1]
+
+    monkeypatch.setattr(Reader, "read", count)
+    with ckpt.open(tmp_path / "a") as checkpoint:
+        lazy = checkpoint["w"]
+        for index, blocks in [
+            ((0, slice(None, None, 15)), 2),
+            ((slice(None, None, -1), slice(13, 1, -6), slice(7)), 4),
+            ((..., slice(1, 15, 6), slice(None, None, 2**17)), 6),
+            ((1, slice(0, 4)), 4),
+            ((1, 2, slice(None, None, 3)), 1),
+            ((slice(None), slice(None, None, 5), slice(0)), 0),
+        ]:
+            found = lazy[index]
+            assert np.array_equal(found.numpy(), rows.numpy()[index]), index
+            assert read[-1].bytes_read <= blocks << 20, index
+            assert found.untyped_storage().nbytes() <= 2 * found.nbytes, index
+
+
+def test_a_tensor_is_indexed_and_made_an_array_as_numpys_are(tmp_path: Path) -> None:
+    state = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+    raw = torch.zeros(2, dtype=torch.uint8).view(torch.bits8)
+    ckpt.save({**state, "raw": raw}, tmp_path / "a")
+    for opened in (ckpt.open(tmp_path / "a"), open_checkpoint(tmp_path / "a")):
+        with opened as checkpoint:
+            lazy = checkpoint["w"]
+            assert lazy[np.int64(1), torch.tensor(2)] == 5
+            for index in ("w", 1.0, np.ones(2)):
+                with pytest.raises(IndexError, match="by integers, slices"):
+                    lazy[index]
+            array = np.asarray(lazy)
+            assert (array.dtype, array.tolist()) == (np.dtype(np.float32), state["w"].tolist())
+            assert np.array(lazy, dtype=np.int8, copy=True).tolist() == [[0, 1, 2], [3, 4, 5]]
+            assert np.asarray(checkpoint["half"]).astype(float).tolist() == [1, 1]
+            with pytest.raises(ValueError, match="is a copy"):
+                np.array(lazy, copy=False)
+            with pytest.raises(TypeError, match=r"numpy has no dtype for the elements of 'raw', bits8"):
+                np.asarray(checkpoint["raw"])
 
 
 def test_a_name_that_is_not_there_suggests_one_that_is(tmp_path: Path) -> None:

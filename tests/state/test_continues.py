@@ -103,6 +103,9 @@ def train(net: Net, state: State, steps: range) -> None:
             if "scaler" in state:
                 state["scaler"].step(optimizer)
                 state["scaler"].update()
+            elif optimizer.defaults.get("capturable"):
+                # on a CPU torch allows that only to what is compiled
+                torch.compile(optimizer.step, backend="eager")()
             else:
                 optimizer.step()
         if "scheduler" in state:
@@ -136,6 +139,10 @@ def assert_alike(one: State, other: State) -> None:
         one(AdamW, lr=0.01, fused=True),
         one(AdamW, lr=0.01, amsgrad=True),
         one(AdamW, lr=torch.tensor(0.01), foreach=False),
+        pytest.param(
+            one(AdamW, lr=torch.tensor(0.01), capturable=True),
+            marks=pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning"),
+        ),
         one(AdamW, lr=torch.tensor(0.01), betas=(torch.tensor(0.8), torch.tensor(0.99)), foreach=False),
         one(torch.optim.Adafactor, lr=0.01),
         one(torch.optim.NAdam, lr=0.01),

@@ -253,7 +253,7 @@ class Flow(Aftermath):
             removable.difference_update(item.step for item in self._owed(place))
         # a node that could not get a manifest has its part of that checkpoint all the same
         begun = self._first.keep if self._node_local else None
-        report = prune(self._folder, Any(self._first.keep, _AllBut(removable)), begun=begun)
+        report = prune(self._folder, Any(self._first.keep, _AllBut(removable)), begun=begun, of_loop=True)
         self._pruned(self._first, report)
         if report.removed:
             with self._condition:
@@ -299,12 +299,12 @@ class Flow(Aftermath):
         return sorted(found, key=lambda item: -item.step)
 
     def _read(self, key: _Key) -> _OnDisk | None:
-        """What a checkpoint says of itself; None when it is of no step, or can't be read."""
+        """What a checkpoint says of itself; None when it is not a step of the loop's own, or can't be read."""
         item = None
         unread = False
         try:
             root = read_root(key[0])
-            if root.step is not None:
+            if root.step is not None and os.path.basename(key[0]) == names.step_folder(root.step):
                 item = _OnDisk(key[0], root.step, note_of(root.values))
         except (CheckpointError, OSError) as error:
             unread = not isinstance(error, FormatError | FileNotFoundError)

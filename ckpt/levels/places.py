@@ -39,7 +39,11 @@ class Place:
             found = find_checkpoints(self.level.place)
         except CheckpointNotFoundError:
             found = []
-        self.present = {item.step for item in found if item.step is not None and item.state is not State.NOT_COMMITTED}
+        self.present = {
+            item.step
+            for item in found
+            if item.of_loop and item.step is not None and item.state is not State.NOT_COMMITTED
+        }
 
     def bring(self, path: str, step: int) -> None:
         """Have the checkpoint in folder `path` there, whole and committed.
@@ -62,6 +66,6 @@ class Place:
         """Remove what need not be kept there, if that is up to this node. Raises CheckpointError, OSError."""
         if self.level.keep is None or self._part:
             return None
-        report = prune(self.level.place, self.level.keep)
+        report = prune(self.level.place, self.level.keep, of_loop=True)
         self.look()
         return report

@@ -89,6 +89,7 @@ def prune(
     grace: float = GRACE_S,
     files: Files | None = None,
     begun: Policy | int | None = None,
+    of_loop: bool = False,
 ) -> PruneReport:
     """Remove the checkpoints of a run that a policy does not keep, and debris.
 
@@ -104,6 +105,7 @@ def prune(
         files: what removes from folders.
         begun: where the folder has one node's part of each checkpoint, which of those without manifest to keep: this
             node may be the only one that could not get it. By default as `keep`, if that is seen to be so.
+        of_loop: look only at checkpoints that are called after their step, as a Checkpointer calls its own.
 
     Raises:
         CheckpointNotFoundError: there is no such folder, or it is a checkpoint itself. What can't be removed does not
@@ -120,6 +122,8 @@ def prune(
         begun = _ALL if keep is None else keep
         each = [prune(one, keep, dry_run=dry_run, grace=grace, files=files, begun=begun) for one in folders_of(folder)]
         return _together(folder, each)
+    if of_loop:
+        found = [item for item in found if item.of_loop]
     if is_url(folder):
         return _StorePrune(folder, found, dry_run, grace).run(keep)
     if begun is None and any(item.elsewhere for item in found):

@@ -124,6 +124,7 @@ def _candidates(levels: Sequence[Level], *, everywhere: bool) -> list[tuple[int,
     The rest is told by one rank, for `everywhere`.
     """
     found: list[tuple[int, int, _Candidate]] = []
+    others: list[str] = []
     for number, level in enumerate(levels):
         node_local = NODE in level.place
         if not (node_local or everywhere):
@@ -133,6 +134,10 @@ def _candidates(levels: Sequence[Level], *, everywhere: bool) -> list[tuple[int,
         except CheckpointNotFoundError:
             continue  # nothing has been saved there yet
         for item in items:
+            if not item.of_loop:
+                # an export that somebody put there, say
+                others += [] if item.state is State.NOT_COMMITTED else [item.path]
+                continue
             if item.state is State.UNKNOWN_VERSION:
                 raise UnknownVersionError(str(item.problem), path=item.path)
             if item.step is None or item.state is State.NOT_COMMITTED:
@@ -143,6 +148,12 @@ def _candidates(levels: Sequence[Level], *, everywhere: bool) -> list[tuple[int,
             if problem is not None and item.path not in problem:
                 problem = f"{item.path}: {problem}"
             found.append((item.step, number, _Candidate(level.name, item.path, item.step, problem)))
+    if others and everywhere and not found:
+        log.warning(
+            "the run begins anew, though there are checkpoints: %s. To go on from one, call it after its step, as %s",
+            ", ".join(others),
+            names.step_folder(100),
+        )
     return found
 
 

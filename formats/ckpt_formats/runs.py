@@ -64,6 +64,11 @@ class Found:
     writers: str | None = None
     """Ranks and meshes that wrote it, for people."""
 
+    @property
+    def of_loop(self) -> bool:
+        """Whether its folder is called after its step, as a Checkpointer calls its own; others somebody put there."""
+        return self.step is not None and os.path.basename(self.path) == names.step_folder(self.step)
+
 
 def find_checkpoints(path: str | os.PathLike[str]) -> list[Found]:
     """What lies in folder `path`: the checkpoint that it is itself, or those in its folders, sorted by step.

@@ -147,6 +147,31 @@ def test_damage_on_the_first_level_does_not_travel(tmp_path: Path, caplog: pytes
     assert "step 2 can't be had on disk2" in caplog.text
 
 
+def test_what_a_user_puts_into_the_run_is_not_taken_for_one_of_its_steps(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, far = tmp_path / "run", tmp_path / "far"
+    tiers = [ckpt.Disk(every=1, keep=1), ckpt.Disk(far, keep=2)]
+
+    def export(loop: Any, step: int) -> None:
+        ckpt.save({"model": torch.nn.Linear(2, 2)}, run / f"best_{step}", step=step)
+        if step == 2:
+            ckpt.save({"model": torch.nn.Linear(2, 2)}, far / "mine", step=step)
+
+    # a later step than any of the run, too
+    ckpt.save({"model": torch.nn.Linear(2, 2)}, run / "final", step=100)
+    assert train(run, 4, export, tiers=tiers) == [1, 2, 3, 4]
+    assert f"the run begins anew, though there are checkpoints: {run}/final" in caplog.text
+    exports = ["best_1", "best_2", "best_3", "best_4", "final"]
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == [*exports, "step_00000004"]
+    assert sorted(path.name for path in far.iterdir() if path.is_dir()) == ["mine", "step_00000003", "step_00000004"]
+    for step in (3, 4):
+        with ckpt.open(far / f"step_{step:08d}") as checkpoint:
+            assert checkpoint.values["count"] == step
+    shutil.rmtree(run / "step_00000004")
+    assert train(run, 5, tiers=tiers) == [5]
+
+
 def killed(rank: int, world_size: int, folder: str, steps: int) -> None:
     state = {"w": torch.zeros(1000), "count": 0}
     tiers = [ckpt.Disk(every=1, keep=1), ckpt.Disk(f"{folder}/far", every=2)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from ckpt_formats.errors import StateError
+from ckpt_formats.errors import ConfigurationError, StateError
 
 __all__ = ["Sampler"]
 
@@ -59,7 +60,8 @@ class Sampler:
         epoch: the epoch, from 0, that the next batch is of.
         consumed: samples of this epoch that were consumed, by all ranks together.
 
-    Raises StateError if the arguments contradict each other, or if an epoch would have no batch.
+    Raises ConfigurationError if what has to be an integer, of any kind, is none, and StateError if the arguments
+    contradict each other or an epoch would have no batch.
     """
 
     def __init__(
@@ -73,24 +75,25 @@ class Sampler:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        self.length = dataset if isinstance(dataset, int) else len(dataset)
-        self.batch_size = batch_size
+        self.length = _length(dataset)
+        # plain integers, whatever kind was given: they are saved, and compared with those of other samplers
+        self.batch_size = _integer("batch_size", batch_size)
         self.drop_last = drop_last
-        self.seed = seed
+        self.seed = _integer("seed", seed)
         self.rank, self.world_size = _place(rank, world_size)
         self.epoch = 0
         self.consumed = 0
         self._order = _SHUFFLED if shuffle else _IN_SEQUENCE
         self._loads = 0
-        if batch_size < self.world_size:
+        if self.batch_size < self.world_size:
             raise StateError(
-                f"a global batch of {batch_size} samples has none for some of the {self.world_size} ranks; batch_size "
-                "is that of all ranks together"
+                f"a global batch of {self.batch_size} samples has none for some of the {self.world_size} ranks; "
+                "batch_size is that of all ranks together"
             )
         if self._batches(self.length) < 1:
             # a loop until some epoch would go round for ever without a batch
             raise StateError(
-                f"{self.length} samples make no batch of {batch_size}; give "
+                f"{self.length} samples make no batch of {self.batch_size}; give "
                 f"{'a smaller batch_size, or drop_last=False' if self.length > 0 else 'a dataset that has samples'}"
             )
 
@@ -199,17 +202,37 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
         if dist.is_available() and dist.is_initialized():
             return dist.get_rank(), dist.get_world_size()
         return 0, 1
+    if rank is not None and world_size is not None:
+        rank, world_size = _integer("rank", rank), _integer("world_size", world_size)
     if rank is None or world_size is None or not 0 <= rank < world_size:
         raise StateError(f"rank {rank} of world size {world_size} is no place; give both, or neither")
     return rank, world_size
 
 
+def _length(dataset: Sized | int) -> int:
+    try:
+        return len(dataset)  # type: ignore[arg-type]
+    except TypeError:
+        return _integer("dataset", dataset, "something that has a length, or the number of its samples")
+
+
+def _integer(name: str, value: object, wanted: str = "an integer") -> int:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigurationError(f"{name}={value!r}: give {wanted}") from None
+
+
 def _position(state: Mapping[str, Any]) -> tuple[int, int]:
     """Epoch and consumed samples of a state that has the form of one."""
-    numbers: list[Any] = [state.get(name) for name in ("epoch", "consumed", "length")]
-    if not all(type(number) is int and number >= 0 for number in numbers) or not {"order", "seed"} <= state.keys():
+    given = [state.get(name) for name in ("epoch", "consumed", "length")]
+    try:
+        # a batch size of another kind of integer once made such of what is counted by it
+        epoch, consumed, length = [operator.index(number) for number in given]  # type: ignore[arg-type]
+    except TypeError:
+        epoch = consumed = length = -1
+    if min(epoch, consumed, length) < 0 or bool in map(type, given) or not {"order", "seed"} <= state.keys():
         raise StateError(f"this is no state of a ckpt.Sampler: {dict(state)}")
-    epoch, consumed, length = numbers
     if consumed > length:
         raise StateError(f"this is no state of a ckpt.Sampler: {consumed} of {length} samples are consumed")
     return epoch, consumed

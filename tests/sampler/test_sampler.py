@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import ckpt
-from ckpt_formats.errors import StateError, ValuesDifferError
+from ckpt_formats.errors import ConfigurationError, StateError, ValuesDifferError
 from tests.ranks import run_ranks
 
 # --- a training over several ranks, without processes
@@ -278,6 +279,43 @@ def test_what_is_no_state_is_refused(change: dict[str, Any]) -> None:
 def test_a_sampler_that_would_have_no_batch_is_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(StateError, match=words):
         ckpt.Sampler(**arguments)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_integers_of_any_kind_make_the_sampler_that_plain_ones_make(kind: Any, tmp_path: Path) -> None:
+    plain = ckpt.Sampler(100, batch_size=8, seed=3, rank=1, world_size=2)
+    sampler = ckpt.Sampler(kind(100), batch_size=kind(8), seed=kind(3), rank=kind(1), world_size=kind(2))
+    assert list(sampler) == list(plain)
+    sampler.step()
+    ckpt.save({"sampler": sampler}, tmp_path / "checkpoint")
+    ckpt.load({"sampler": plain}, tmp_path / "checkpoint")
+    assert plain.consumed == 8
+    assert {type(value) for value in sampler.state_dict().values()} == {int, str}
+
+
+def test_a_state_that_was_saved_with_numpy_s_integers_is_loaded(tmp_path: Path) -> None:
+    sampler = ckpt.Sampler(100, batch_size=8)
+    numbers = {"epoch": np.int64(2), "consumed": np.int64(16), "length": np.int64(100), "seed": np.int64(0)}
+    ckpt.save({"sampler": sampler.state_dict() | numbers}, tmp_path / "checkpoint")
+    ckpt.load({"sampler": sampler}, tmp_path / "checkpoint")
+    assert (sampler.epoch, sampler.consumed) == (2, 16)
+    assert type(sampler.consumed) is int
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dataset": 10.0}, "dataset=10.0: give something that has a length"),
+        ({"dataset": iter([])}, "something that has a length"),
+        ({"batch_size": 64 / 8}, "batch_size=8.0: give an integer"),
+        ({"batch_size": None}, "batch_size=None"),
+        ({"seed": None}, "seed=None"),
+        ({"rank": "0", "world_size": 1}, "rank='0'"),
+    ],
+)
+def test_what_is_no_integer_where_one_is_needed_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        ckpt.Sampler(**{"dataset": 10, "batch_size": 8} | change)
 
 
 # --- a real loader

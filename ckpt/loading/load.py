@@ -83,6 +83,9 @@ class LoadResult:
     written by another number of ranks."""
     per_rank_derived: Sequence[str] = field(default_factory=list)
     """Per-rank values that were made, by their rule, of those that another number of ranks had saved."""
+    retied: Mapping[str, str] = field(default_factory=dict)
+    """Names that are stored apart from another one and are one tensor with it in the state -> the name whose elements
+    were taken for both."""
     still_meta: Sequence[str] = field(default_factory=list)
     """Buffers on the meta device that are not saved (`persistent=False`), and so are there still: make them anew."""
 
@@ -173,6 +176,7 @@ def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> L
         unexpected=load.unexpected,
         per_rank_skipped=target.per_rank_skipped,
         per_rank_derived=target.per_rank_derived,
+        retied=target.retied,
         still_meta=load.still_meta,
     )
 
@@ -238,6 +242,8 @@ class _Load:
         self._shares = False
         self._past_cache = True
         self.unexpected: list[str] = []
+        self._lost: list[str] = []
+        """What is stored of tensors that are tied in the state to others, and differs from those."""
 
     def plan(self) -> None:
         """Open the checkpoint and match it with the state. Touches nothing."""
@@ -266,6 +272,10 @@ class _Load:
         self.target = build_target(self._state, saved)
         self._check_made(self._made)
         self.unexpected = list(self.target.unexpected)
+        # equal ones were tied where they were saved too, but on two stages of a pipeline
+        self._lost = [
+            f"{name} ({taken} was taken)" for name, taken in self.target.retied.items() if manifest.differ(name, taken)
+        ]
         if self._group.world_size == 1 or self.target.missing:
             self._check_names()
         self._check_tensors(saved)
@@ -444,6 +454,13 @@ class _Load:
         # several values have rules, and each of them asks for what every rank saved
         others = Others(cache(self._per_rank_of), saved, rank, world_size) if saved != world_size else None
         self.target.apply(self._values, self._per_rank, others)
+        if self._lost:
+            warnings.warn(
+                f"{self._path} has of some tensors two that differ, and they are one in the state:"
+                + _listed("Not loaded", self._lost)
+                + " Untie them in the model to load both",
+                stacklevel=4,
+            )
         skipped = self.target.per_rank_skipped
         if skipped and saved != world_size:
             warnings.warn(

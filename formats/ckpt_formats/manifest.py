@@ -269,6 +269,26 @@ class Manifest:
         self.require_cover(meta)
         return self._boxes(meta)
 
+    def differ(self, name: str, other: str) -> bool:
+        """Whether the index alone shows that two tensors are not equal: shapes, dtypes, two checksums of one box.
+
+        Raises MissingTensorError and CoverageError as `meta` and `chunks`.
+        """
+        one, twin = self.meta(name), self.meta(other)
+        if (one.shape, one.dtype) != (twin.shape, twin.dtype):
+            return True
+        known = self._checksums(one)
+        return any(known.get(box, found) != found for box, found in self._checksums(twin).items())
+
+    def _checksums(self, meta: TensorMeta) -> dict[bytes, bytes]:
+        """The digests of a tensor's chunks, by their boxes; none where there are none."""
+        boxes = np.hstack(self.chunks(meta))
+        digests = self.ranged_page(meta.page).digest if meta.rows else None
+        if digests is None:
+            return {}
+        rows = digests[meta.row : meta.row + meta.rows]
+        return {box.tobytes(): found.tobytes() for box, found in zip(boxes, rows, strict=True)}
+
     def require_cover(self, meta: TensorMeta) -> None:
         """Raise CoverageError unless the chunks of a tensor cover it exactly."""
         if meta.name in self._covered:

@@ -159,6 +159,27 @@ def test_a_cast_that_would_lose_more_than_digits_is_refused_even_if_asked_for(tm
     assert narrower["w"].item() == 1 + 2j
 
 
+def test_what_is_stored_apart_and_tied_now_is_told_and_warned_of_if_it_differs(tmp_path: Path) -> None:
+    def model() -> torch.nn.ModuleDict:
+        return torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 3), "head": torch.nn.Linear(3, 4, bias=False)})
+
+    apart, tied = model(), model()
+    tied["head"].weight = tied["embed"].weight
+    ckpt.save({"model": apart}, tmp_path / "differ")
+    with pytest.warns(UserWarning, match=r"Not loaded: model\.head\.weight \(model\.embed\.weight was taken\)") as told:
+        result = ckpt.load({"model": tied}, tmp_path / "differ")
+    assert len(told) == 1
+    assert result.retied == {"model.head.weight": "model.embed.weight"}
+    assert torch.equal(tied["head"].weight, apart["embed"].weight)
+    assert not ckpt.load({"model": model()}, tmp_path / "differ").retied
+    with torch.no_grad():
+        apart["head"].weight.copy_(apart["embed"].weight)
+    ckpt.save({"model": apart}, tmp_path / "equal")
+    assert ckpt.load({"model": tied}, tmp_path / "equal").retied == result.retied
+    ckpt.save({"model": tied}, tmp_path / "tied")
+    assert not ckpt.load({"model": tied}, tmp_path / "tied").retied
+
+
 def test_no_checkpoint_is_an_error_that_says_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no such folder"):
         ckpt.load({}, tmp_path / "nowhere")

@@ -13,7 +13,7 @@ import torch
 
 from ckpt.state.containers import references
 from ckpt.state.rng import RNG
-from ckpt.state.types import PerRank, PerRankRef, TensorRef
+from ckpt.state.types import PerRank, PerRankRef, Shard, TensorRef
 
 __all__ = ["ABSENT", "Given", "Others"]
 
@@ -62,11 +62,13 @@ class Given:
         """The value with tensors and per-rank values in the place of marks; dicts, lists and tuples are new ones.
 
         `current` is what is there now: what it has stays where a per-rank value is not given. With `wrap`, a per-rank
-        value is put into the `PerRank` or `RNG` it came from, so that it will be saved as one again.
+        value is put into the `PerRank` or `RNG` it came from, and a tensor stays the `Shard` that it was filled
+        through, so that it will be saved as one again.
         """
         kind = type(marked)
         if kind is TensorRef:
-            return self._tensors[marked.name]
+            tensor = self._tensors[marked.name]
+            return current if wrap and isinstance(current, Shard) and current.local is tensor else tensor
         if kind is PerRankRef:
             return self.own(marked.path, current, wrap=wrap)
         if kind is dict:

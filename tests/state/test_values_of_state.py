@@ -250,6 +250,18 @@ def test_shards_are_boxes_of_their_whole() -> None:
     assert local.tensors["empty"].pieces == []
 
 
+def test_shards_in_lists_are_filled_and_stay_what_they_are() -> None:
+    saved = save({"w": [Shard(torch.ones(2, 3), (4, 3), (2, 0)), {1: Shard.flat(torch.ones(2), (4,), 0)}]})
+    block, interval = torch.zeros(2, 3), torch.zeros(2)
+    state = {"w": [Shard(block, (4, 3), (2, 0)), {1: Shard.flat(interval, (4,), 0)}]}
+    target = load(state, saved)
+    assert (target.missing, target.unexpected) == ([], [])
+    assert block.eq(1).all()
+    assert interval.eq(1).all()
+    assert flatten(state).tensors["w.0"].shape == (4, 3)
+    assert flatten(state).tensors["w.1.1"].shape == (4,)
+
+
 def test_an_optimizer_of_shards_has_slots_that_are_cut_alike() -> None:
     parameter = torch.nn.Parameter(torch.ones(2, 3))
     optimizer = torch.optim.AdamW([parameter])

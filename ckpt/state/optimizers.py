@@ -88,11 +88,19 @@ class Naming:
 
     def tensor(self, name: str) -> str:
         """The name of the tensor of a parameter."""
-        return f"{self.modules['']}.{name}" if "" in self.modules else name
+        if "" not in self.modules:
+            return name
+        return name[1:] if name.startswith(".") else f"{self.modules['']}.{name}"
 
     def name(self, tensor: str) -> str:
-        """The inverse: the name of the parameter whose tensor has that name."""
-        return tensor.removeprefix(f"{self.modules['']}.") if "" in self.modules else tensor
+        """The inverse: the name of the parameter whose tensor has that name.
+
+        One outside the module within which names are has a name that begins with a dot, as none within it does.
+        """
+        if "" not in self.modules:
+            return tensor
+        inner = f"{self.modules['']}."
+        return tensor.removeprefix(inner) if tensor.startswith(inner) else f".{tensor}"
 
 
 def name_parameters(
@@ -111,15 +119,18 @@ def name_parameters(
     if wanted:
         holding = (entry for entry, names in parameters.modules.items() if id(wanted[0]) in names)
         sole = next((entry for entry in holding if parameters.modules[entry].keys() >= {id(p) for p in wanted}), None)
-    if sole is not None and (saved is None or "" in saved or not saved):
+    if sole is not None and (not saved or saved.get("") == sole):
         known = parameters.modules[sole]
         flats = {id(p): parameters.flats[id(p)] for p in wanted if id(p) in parameters.flats}
         return Naming({"": sole}, {id(parameter): known[id(parameter)] for parameter in wanted}, flats)
 
     naming = Naming({}, {})
     order = list(parameters.modules)
-    if sole is not None:
-        order.sort(key=lambda entry: entry != sole)
+    order.sort(key=lambda entry: entry != sole)
+    if saved and "" in saved:
+        # There, all were in one module and called by their names in it
+        inner = f"{saved['']}."
+        order.sort(key=lambda entry: not f"{entry}.".startswith(inner))
     for group_index, index, parameter in _positions(optimizer):
         for entry in order:
             fqn = parameters.modules[entry].get(id(parameter))
@@ -138,11 +149,10 @@ def name_parameters(
             naming.names[id(parameter)] = name
             naming.modules[name] = name
     if saved and "" in saved:
-        # There, all were in one module and called by their names in it
-        inner = f"{saved['']}."
-        naming.names = {known: name.removeprefix(inner) for known, name in naming.names.items()}
+        there = Naming(dict(saved), {})
+        naming.names = {known: there.name(name) for known, name in naming.names.items()}
         naming.flats = {
-            known: [(name.removeprefix(inner), within) for name, within in flat] for known, flat in naming.flats.items()
+            known: [(there.name(name), within) for name, within in flat] for known, flat in naming.flats.items()
         }
     return naming
 

@@ -98,7 +98,7 @@ class OptimizerTarget:
                     if name in group_of:
                         names[name] = group_of[name]
                     elif parameter.requires_grad:  # a frozen one has nothing that could be missing
-                        self.missing.append(f"{key}.param_groups.{name}")
+                        self.missing.append(f"{key}.param_groups.{name.removeprefix('.')}")
                 known = [name for name in parts if name in group_of or name in found.slots]
                 if not known or not keeps(self.optimizer, parameter, parameters):
                     continue  # unknown to the checkpoint, or elsewhere: stays as it is

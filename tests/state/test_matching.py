@@ -160,6 +160,72 @@ def test_one_module_within_another_does_not_change_names() -> None:
     assert local.aliases["model.0.weight"] == "first.weight"
 
 
+def nested() -> nn.Sequential:
+    """A module in which names of the whole are names of its part too."""
+    return nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor:
+    moment: torch.Tensor = optimizer.state[parameter]["exp_avg"]
+    return moment
+
+
+def test_a_part_of_a_module_gets_its_own_slots_from_the_optimizer_of_the_whole_and_back() -> None:
+    torch.manual_seed(0)
+    whole = trained(nested())
+    part = nested()[1]
+    optimizer = torch.optim.AdamW(part.parameters())
+    target = load({"model": {"1": part}, "optimizer": optimizer}, save(whole))
+    assert target.missing == []
+    assert {name.rpartition(".")[0] for name in target.unexpected} == {
+        f"optimizer.state.0.{name}" for name in ("weight", "bias")
+    }
+    for mine, other in zip(part.parameters(), whole["model"][1].parameters(), strict=True):
+        assert same_bits(mine.detach(), other.detach())
+        assert same_bits(moments(optimizer, mine), moments(whole["optimizer"], other))
+    # and what was saved of the part goes to that part of a whole
+    again = fresh(nested())
+    saved = save({"model": {"1": part}, "optimizer": optimizer})
+    target = load(again, saved)
+    assert target.unexpected == []
+    assert set(target.missing) == {
+        f"{before}model.0.{name}" for before in ("", "optimizer.param_groups.") for name in ("weight", "bias")
+    }
+    for mine, other in zip(part.parameters(), again["model"][1].parameters(), strict=True):
+        assert same_bits(moments(optimizer, mine), moments(again["optimizer"], other))
+
+
+def test_slots_of_another_parameter_of_that_name_are_not_taken() -> None:
+    model = nested()
+    optimizer = torch.optim.AdamW(model[0].parameters())
+    model(torch.rand(3, 2)).sum().backward()
+    optimizer.step()
+    saved = save({"model": model, "optimizer": optimizer})
+    assert saved.entries["optimizer"]["modules"] == {"": "model"}
+    for state in (
+        {"model": {"1": model[1]}},  # "0.weight" there, and of the whole
+        {"0": model[1]},  # "0.0.weight", of nothing that was saved
+    ):
+        live = torch.optim.AdamW(model[1][0].parameters())
+        target = load({**state, "optimizer": live}, saved)
+        assert not live.state
+        key = "1.0" if "model" in state else "0.0"
+        assert {f"optimizer.param_groups.{key}.{name}" for name in ("weight", "bias")} <= set(target.missing)
+        assert len(target.unexpected) == 6
+
+
+def test_a_parameter_that_two_entries_have_is_found_by_either_of_its_names() -> None:
+    torch.manual_seed(0)
+    state = trained(nested())
+    both = {"first": state["model"][1], **state}
+    for was, now in ((state, both), (both, state)):
+        part = torch.optim.AdamW(state["model"][1].parameters())
+        saved = save({**was, "optimizer": state["optimizer"]})
+        assert load({**now, "optimizer": part}, saved).missing == []
+        weight = state["model"][1][0].weight
+        assert same_bits(moments(part, weight), moments(state["optimizer"], weight))
+
+
 def test_a_damaged_reference_is_refused() -> None:
     known = saved_state(save({"x": [torch.ones(1)]}))
     with pytest.raises(MissingTensorError, match=r"x\.0"):

@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any, Self, overload
 
 import numpy as np
@@ -90,8 +90,10 @@ class LazyTensor:
         picked = pick(self.shape, index, -(-self._block_size // self.dtype.itemsize))
         self._reader.require(self.name, picked.bounds)
         array: AnyArray = np.empty(picked.shape, dtype=self.dtype.carrier)
-        self._reader.read(Request(self.name, box, array[at.slices()]) for box, at in picked.boxes())
-        # `rest` may turn a 0-d result into a scalar; [...] keeps it an array
+        # [...] keeps what has no dimensions an array
+        places: list[tuple[Box, tuple[slice | EllipsisType, ...]]]
+        places = [(box, (*at.slices(), ...)) for box, at in picked.boxes()]
+        self._reader.read(Request(self.name, box, array[at]) for box, at in places)
         found: AnyArray = array[(*picked.rest, ...)]
         # a view would keep all that was read
         return found.copy() if 2 * found.nbytes <= array.nbytes else found

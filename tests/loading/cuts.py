@@ -507,7 +507,7 @@ CUTS: dict[str, tuple[int, Callable[[int], Run]]] = {
     "vocab_tp2": (2, lambda seed: tp(seed, vocabulary=True)),
     "vocab_tp4": (4, lambda seed: tp(seed, vocabulary=True)),
     "fsdp2tp2": (4, lambda seed: fsdp2_tp(seed, (2, 2), ("dp", "tp"))),
-    "hsdp_tp": (4, lambda seed: fsdp2_tp(seed, (1, 2, 2), ("dp_replicate", "dp_shard", "tp"))),
+    "hsdp2x2tp2": (8, lambda seed: fsdp2_tp(seed, (2, 2, 2), ("dp_replicate", "dp_shard", "tp"))),
     "sequence2": (2, sequence),
     "context2": (2, context),
     "ep2": (2, lambda seed: experts(seed, 1)),

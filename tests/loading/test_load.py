@@ -272,11 +272,12 @@ def test_steps_over_a_block_and_more_read_and_keep_only_what_they_pick(
 
 
 def test_a_tensor_is_indexed_and_made_an_array_as_numpys_are(tmp_path: Path) -> None:
-    state = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+    state = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(7)}
     raw = torch.zeros(2, dtype=torch.uint8).view(torch.bits8)
     ckpt.save({**state, "raw": raw}, tmp_path / "a")
     for opened in (ckpt.open(tmp_path / "a"), open_checkpoint(tmp_path / "a")):
         with opened as checkpoint:
+            assert (np.asarray(checkpoint["n"]), checkpoint["n"][...], checkpoint["n"][()]) == (7, 7, 7)
             lazy = checkpoint["w"]
             assert lazy[np.int64(1), torch.tensor(2)] == 5
             for index in ("w", 1.0, np.ones(2)):

@@ -20,9 +20,10 @@ from typing import Any as Anything
 
 from ckpt.agent.aftermath import PATIENCE, Aftermath, Committed
 from ckpt.levels.claim import held_by_another
-from ckpt.levels.note import Note, note_of
+from ckpt.levels.note import note_of
+from ckpt.levels.owed import OnDisk, owed
 from ckpt.levels.places import Place
-from ckpt.levels.policies import Any, Saved, kept
+from ckpt.levels.policies import Any, Saved
 from ckpt.levels.prune import PruneReport, prune
 from ckpt.levels.tiers import Level
 from ckpt.storage.facts import update_facts
@@ -58,15 +59,6 @@ _Key = tuple[str, int, int]
 """A checkpoint's folder, and inode and time of its manifest."""
 
 
-@dataclass(frozen=True, slots=True)
-class _OnDisk:
-    """A checkpoint on the first level."""
-
-    path: str
-    step: int
-    note: Note
-
-
 class Flow(Aftermath):
     """What an agent does for the levels of its run.
 
@@ -88,7 +80,7 @@ class Flow(Aftermath):
         self._folder = self._first.place
         """Where the checkpoints of the first level lie, on this node."""
         self._places = [Place(level, part=claim is None) for level in levels[1:]]
-        self._known: dict[_Key, _OnDisk | None] = {}
+        self._known: dict[_Key, OnDisk | None] = {}
         self._unread: dict[_Key, float] = {}
         """What could not be read, and since when; not what was given up."""
         self._condition = threading.Condition()
@@ -194,13 +186,13 @@ class Flow(Aftermath):
                 if place.present is None:
                     place.look()
                     self._wake()
-                owed = self._owed(place)
+                left = self._owed(place)
                 with self._condition:
-                    state.owed = [item.step for item in owed]
-                if not owed:
+                    state.owed = [item.step for item in left]
+                if not left:
                     break
                 # the newest first: it is worth the most
-                self._send(place, owed[0], state)
+                self._send(place, left[0], state)
             if state.changed and place.level.keep is not None and place.present:
                 self._pruned(place.level, place.prune())
                 state.changed = False
@@ -217,7 +209,7 @@ class Flow(Aftermath):
             state.error, state.failures = None, 0
         return self._pause()
 
-    def _send(self, place: Place, item: _OnDisk, state: _State) -> None:
+    def _send(self, place: Place, item: OnDisk, state: _State) -> None:
         # they go with it
         self._record(item)
         try:
@@ -253,7 +245,8 @@ class Flow(Aftermath):
             removable.difference_update(item.step for item in self._owed(place))
         # a node that could not get a manifest has its part of that checkpoint all the same
         begun = self._first.keep if self._node_local else None
-        report = prune(self._folder, Any(self._first.keep, _AllBut(removable)), begun=begun, of_loop=True)
+        keep = Any(self._first.keep, _AllBut(removable))
+        report = prune(self._folder, keep, begun=begun, of_loop=True, owed={})
         self._pruned(self._first, report)
         if report.removed:
             with self._condition:
@@ -274,9 +267,9 @@ class Flow(Aftermath):
 
     # what is where
 
-    def _on_disk(self) -> list[_OnDisk]:
+    def _on_disk(self) -> list[OnDisk]:
         """The committed checkpoints of the first level, the newest first."""
-        found: list[_OnDisk] = []
+        found: list[OnDisk] = []
         try:
             entries = list(os.scandir(self._folder))
         except FileNotFoundError:
@@ -298,14 +291,14 @@ class Flow(Aftermath):
                 found.append(item)
         return sorted(found, key=lambda item: -item.step)
 
-    def _read(self, key: _Key) -> _OnDisk | None:
+    def _read(self, key: _Key) -> OnDisk | None:
         """What a checkpoint says of itself; None when it is not a step of the loop's own, or can't be read."""
         item = None
         unread = False
         try:
             root = read_root(key[0])
             if root.step is not None and os.path.basename(key[0]) == names.step_folder(root.step):
-                item = _OnDisk(key[0], root.step, note_of(root.values))
+                item = OnDisk(key[0], root.step, note_of(root.values))
         except (CheckpointError, OSError) as error:
             unread = not isinstance(error, FormatError | FileNotFoundError)
         now = time.monotonic()
@@ -317,23 +310,11 @@ class Flow(Aftermath):
                 self._known[key] = item
         return item
 
-    def _owed(self, place: Place) -> list[_OnDisk]:
+    def _owed(self, place: Place) -> list[OnDisk]:
         """What is due on a level and is not there, and would not be pruned there at once; the newest first."""
-        present = place.present or set()
-        disk = self._on_disk()
-        owed = [
-            item
-            for item in disk
-            if item.step not in present | place.brought | place.refused and _is_due(place.level, item)
-        ]
-        if place.level.keep is not None:
-            metrics = {item.step: item.note.metrics for item in disk}
-            steps = present | {item.step for item in owed}
-            stay = kept(place.level.keep, [Saved(step, metrics.get(step, {})) for step in steps])
-            owed = [item for item in owed if item.step in stay]
-        return owed
+        return owed(place.level, self._on_disk(), place.present or set(), place.brought | place.refused)
 
-    def _record(self, item: _OnDisk) -> None:
+    def _record(self, item: OnDisk) -> None:
         """Put the metrics of a checkpoint beside it, once: what a user records later stands."""
         if not item.note.metrics or os.path.lexists(os.path.join(item.path, names.FACTS)):
             return
@@ -385,10 +366,3 @@ class _State:
 def _pause_after(failures: int) -> float:
     """Seconds to wait after so many failures in a row."""
     return min(FIRST_PAUSE_S * 2.0 ** min(failures - 1, 30), LONGEST_PAUSE_S)
-
-
-def _is_due(level: Level, item: _OnDisk) -> bool:
-    """Whether a checkpoint is to be on a level: as was decided when it was saved, else by the level's rule."""
-    if item.note.levels is not None:
-        return level.name in item.note.levels
-    return level.every is None or level.every.due(item.step)

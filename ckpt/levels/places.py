@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+from ckpt.levels.owed import steps_in
 from ckpt.levels.prune import PruneReport, prune
 from ckpt.levels.tiers import Level
 from ckpt.transfer.copy import copy, copy_part
-from ckpt_formats.errors import CheckpointNotFoundError
 from ckpt_formats.native import names
-from ckpt_formats.runs import State, find_checkpoints
 
 __all__ = ["Place"]
 
@@ -35,15 +34,7 @@ class Place:
 
     def look(self) -> None:
         """See what is there. Raises CheckpointError, OSError."""
-        try:
-            found = find_checkpoints(self.level.place)
-        except CheckpointNotFoundError:
-            found = []
-        self.present = {
-            item.step
-            for item in found
-            if item.of_loop and item.step is not None and item.state is not State.NOT_COMMITTED
-        }
+        self.present = steps_in(self.level.place)
 
     def bring(self, path: str, step: int) -> None:
         """Have the checkpoint in folder `path` there, whole and committed.
@@ -66,6 +57,6 @@ class Place:
         """Remove what need not be kept there, if that is up to this node. Raises CheckpointError, OSError."""
         if self.level.keep is None or self._part:
             return None
-        report = prune(self.level.place, self.level.keep, of_loop=True)
+        report = prune(self.level.place, self.level.keep, of_loop=True, owed={})
         self.look()
         return report

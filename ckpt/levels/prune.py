@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from ckpt.levels.debris import FOLDERS, info_of, is_begun, is_data, is_ours, newest_change, ours
+from ckpt.levels.owed import owed_elsewhere
 from ckpt.levels.policies import EveryN, Policy, Saved, kept
 from ckpt.storage.files import Files
 from ckpt.storage.objects import ObjectStore
@@ -90,6 +92,7 @@ def prune(
     files: Files | None = None,
     begun: Policy | int | None = None,
     of_loop: bool = False,
+    owed: Mapping[int, str] | None = None,
 ) -> PruneReport:
     """Remove the checkpoints of a run that a policy does not keep, and debris.
 
@@ -106,11 +109,14 @@ def prune(
         begun: where the folder has one node's part of each checkpoint, which of those without manifest to keep: this
             node may be the only one that could not get it. By default as `keep`, if that is seen to be so.
         of_loop: look only at checkpoints that are called after their step, as a Checkpointer calls its own.
+        owed: steps that stay though `keep` does not keep them, and why; by default, where the folder is that of a run
+            with further levels, those that are due on one and not there yet.
 
     Raises:
         CheckpointNotFoundError: there is no such folder, or it is a checkpoint itself. What can't be removed does not
             raise; the report says so.
         StoreError: the store can't be listed.
+        FormatError: which levels the run has can't be read.
     """
     folder = normal(run)
     found = find_checkpoints(folder)
@@ -120,15 +126,17 @@ def prune(
         )
     if NODE in folder:
         begun = _ALL if keep is None else keep
-        each = [prune(one, keep, dry_run=dry_run, grace=grace, files=files, begun=begun) for one in folders_of(folder)]
-        return _together(folder, each)
+        one = partial(prune, keep=keep, dry_run=dry_run, grace=grace, files=files, begun=begun, of_loop=of_loop)
+        return _together(folder, [one(each, owed=owed) for each in folders_of(folder)])
     if of_loop:
         found = [item for item in found if item.of_loop]
+    if owed is None:
+        owed = {} if keep is None or is_url(folder) else owed_elsewhere(folder, found)
     if is_url(folder):
-        return _StorePrune(folder, found, dry_run, grace).run(keep)
+        return _StorePrune(folder, found, dry_run, grace).run(keep, owed)
     if begun is None and any(item.elsewhere for item in found):
         begun = _ALL if keep is None else keep
-    return _FolderPrune(folder, found, dry_run, grace, files or Files(), begun).run(keep)
+    return _FolderPrune(folder, found, dry_run, grace, files or Files(), begun).run(keep, owed)
 
 
 def _together(run: str, reports: Sequence[PruneReport]) -> PruneReport:
@@ -180,7 +188,7 @@ class _Prune:
         """Remove the folders of saves or copies that never ended, or of checkpoints that were being removed."""
         raise NotImplementedError
 
-    def run(self, keep: Policy | int | None) -> PruneReport:
+    def run(self, keep: Policy | int | None, owed: Mapping[int, str]) -> PruneReport:
         whole: list[tuple[Found, int]] = []
         for item in self._found:
             # on node-local disks, each node prunes its own, which is as whole as it can be
@@ -189,7 +197,7 @@ class _Prune:
             elif item.state is not State.NOT_COMMITTED:
                 why = "has no step" if item.state is State.WHOLE else item.state.value
                 self._kept.append(Kept(item.path, item.step, why))
-        self._by_policy(whole, keep)
+        self._by_policy(whole, keep, owed)
         self._keep_begun([step for _, step in whole])
         stays = {item.path for item in self._kept}
         for item, _ in whole:
@@ -208,7 +216,9 @@ class _Prune:
 
     # checkpoints
 
-    def _by_policy(self, whole: Sequence[tuple[Found, int]], keep: Policy | int | None) -> None:
+    def _by_policy(
+        self, whole: Sequence[tuple[Found, int]], keep: Policy | int | None, owed: Mapping[int, str]
+    ) -> None:
         linked = self._linked()
         reasons: dict[str, str] = {}
         saved: list[Saved] = []
@@ -228,6 +238,8 @@ class _Prune:
                 self._kept.append(Kept(item.path, step, "newest"))
             elif step in stay:
                 self._kept.append(Kept(item.path, step, "by the rule" if keep is not None else "no rule"))
+            elif step in owed:
+                self._kept.append(Kept(item.path, step, owed[step]))
             else:
                 self._remove(item, step)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ckpt
+from ckpt.levels.prune import prune
 from ckpt.levels.record import read_levels
 from ckpt.levels.tiers import levels_from_json, levels_to_json
 from ckpt_formats.facts import read_facts
@@ -170,6 +171,23 @@ def test_what_a_user_puts_into_the_run_is_not_taken_for_one_of_its_steps(
             assert checkpoint.values["count"] == step
     shutil.rmtree(run / "step_00000004")
     assert train(run, 5, tiers=tiers) == [5]
+
+
+def test_a_prune_by_hand_leaves_what_is_owed_to_a_further_level(tmp_path: Path) -> None:
+    run, far = tmp_path / "run", tmp_path / "far"
+    train(run, 7, tiers=[ckpt.Disk(every=1), ckpt.Disk(far, every=2, keep=ckpt.EveryN(2))])
+    # as if the agent had died before it came to that
+    for step in (2, 4):
+        shutil.rmtree(far / f"step_{step:08d}")
+    report = prune(run, 1)
+    assert [(item.step, item.why) for item in report.kept] == [
+        (2, "not on disk2 yet"),
+        (4, "not on disk2 yet"),
+        (7, "newest"),
+    ]
+    shutil.rmtree(far)
+    far.touch()
+    assert [item.step for item in prune(run, 1).kept] == [2, 4, 7]
 
 
 def killed(rank: int, world_size: int, folder: str, steps: int) -> None:

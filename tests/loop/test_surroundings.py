@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import resource
@@ -60,6 +61,58 @@ def test_who_is_told_to_stop_while_the_run_is_loaded_leaves_in_good_order(
     run_ranks(told_while_loading, world_size, str(tmp_path), None)
     assert run_ranks(told_while_loading, world_size, str(tmp_path), number) == [([], 4, number.name)] * world_size
     assert saved(tmp_path) == [2, 4]
+
+
+def handled_by_others(rank: int, world_size: int, folder: str) -> list[tuple[str | None, bool]]:
+    """Whether the stacks were dumped in the block, and after it."""
+    seen = []
+    with open(Path(folder, "stacks"), "w+") as stacks:
+        faulthandler.register(signal.SIGUSR1, stacks)
+        for total in (9, 18):
+            training = Training()
+            with ckpt.Checkpointer(Path(folder, "run"), training.state, every=100) as loop:
+                for step in loop.steps(total):
+                    if step == total - 5:
+                        os.kill(os.getpid(), signal.SIGUSR1)
+            seen.append((loop.stopped, bool(os.stat(stacks.fileno()).st_size)))
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert "handled_by_others" in Path(folder, "stacks").read_text()
+            os.truncate(stacks.fileno(), 0)
+    return seen
+
+
+def test_after_the_block_a_signal_does_what_it_did_before_although_python_did_not_set_that(tmp_path: Path) -> None:
+    assert run_ranks(handled_by_others, 1, str(tmp_path)) == [[("SIGUSR1", False)] * 2]
+
+
+def test_who_trains_two_runs_at_once_is_told_for_both(tmp_path: Path) -> None:
+    outer, inner = (ckpt.Checkpointer(tmp_path / name, {"x": torch.zeros(3)}, every=100) for name in ("a", "b"))
+    with outer, inner:
+        for step in outer.steps(50):
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert list(inner.steps(50)) == [1]
+    assert (outer.stopped, inner.stopped) == ("SIGTERM", "SIGTERM")
+    assert (saved(tmp_path / "a"), saved(tmp_path / "b")) == ([5], [1])
+
+
+def made_before_a_fork(rank: int, world_size: int, folder: str) -> int:
+    training = Training()
+    loop = ckpt.Checkpointer(folder, training.state, every=100)
+    child = os.fork()
+    if not child:
+        with loop:
+            for step in loop.steps(50):
+                training.step(step)
+                if step == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(loop.step)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_process_that_was_forked_before_it_entered_the_block_is_told_to_stop(tmp_path: Path) -> None:
+    assert run_ranks(made_before_a_fork, 1, str(tmp_path)) == [3]
+    assert saved(tmp_path) == [3]
 
 
 def forks_and_both_leave(rank: int, world_size: int, folder: str) -> list[str]:

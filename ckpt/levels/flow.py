@@ -24,7 +24,8 @@ from ckpt.levels.note import note_of
 from ckpt.levels.owed import OnDisk, owed
 from ckpt.levels.places import Place
 from ckpt.levels.policies import Any, Saved
-from ckpt.levels.prune import PruneReport, prune
+from ckpt.levels.prune import prune
+from ckpt.levels.report import PruneReport
 from ckpt.levels.tiers import Level
 from ckpt.storage.facts import update_facts
 from ckpt_formats.errors import CheckpointError, CheckpointExistsError, CorruptionError, FormatError
@@ -92,6 +93,8 @@ class Flow(Aftermath):
         self._states = {place.level.name: _State() for place in self._places}
         self._pruning: dict[str, str] = {}
         """Why levels could not be pruned."""
+        self._unmeasured: dict[str, str] = {}
+        """Metrics by which levels are pruned and that nothing there has, and what is to be said of each."""
         self._since: float | None = None
         self._released = False
         """Whether the lock was given back."""
@@ -259,6 +262,7 @@ class Flow(Aftermath):
             self._pruning.pop(level.name, None)
             if report is not None and report.failed:
                 self._pruning[level.name] = ": ".join(report.failed[0])
+            self._unmeasured |= {} if report is None else report.unmeasured
 
     def _pause(self) -> float | None:
         """After how many seconds to look again for what could not be read."""
@@ -335,6 +339,7 @@ class Flow(Aftermath):
             return {
                 "seen": self._seen,
                 "pruning": "; ".join(self._pruning.values()) or None,
+                "unmeasured": dict(self._unmeasured),
                 "done": all(done == self._wakes for done in self._done.values()),
                 "levels": {name: state.tree() for name, state in self._states.items()},
             }

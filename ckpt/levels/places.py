@@ -6,7 +6,8 @@ import os
 from collections import Counter
 
 from ckpt.levels.owed import steps_in
-from ckpt.levels.prune import PruneReport, prune
+from ckpt.levels.prune import prune
+from ckpt.levels.report import PruneReport
 from ckpt.levels.tiers import Level
 from ckpt.transfer.copy import copy, copy_part
 from ckpt_formats.native import names

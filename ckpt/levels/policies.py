@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from ckpt_formats.errors import ConfigurationError
 
-__all__ = ["Any", "BestN", "EveryN", "LatestN", "Policy", "Saved", "kept", "policy"]
+__all__ = ["Any", "BestN", "EveryN", "LatestN", "Policy", "Saved", "kept", "metrics_of", "policy"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,16 @@ def kept(keep: Policy | int, saved: Sequence[Saved]) -> set[int]:
     if saved:
         stay.add(max(item.step for item in saved))
     return stay
+
+
+def metrics_of(keep: Policy | int) -> set[str]:
+    """The names of the metrics by which a policy chooses."""
+    match keep:
+        case BestN():
+            return {keep.metric}
+        case Any():
+            return {name for one in keep.policies for name in metrics_of(one)}
+    return set()
 
 
 def _require_positive(name: str, value: object) -> None:

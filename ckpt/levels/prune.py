@@ -11,13 +11,12 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 from ckpt.levels.debris import FOLDERS, info_of, is_begun, is_data, is_ours, newest_change, ours
 from ckpt.levels.owed import owed_elsewhere
-from ckpt.levels.policies import EveryN, Policy, Saved, kept
+from ckpt.levels.policies import EveryN, Policy, Saved, kept, metrics_of
+from ckpt.levels.report import Kept, PruneReport, Removed, together
 from ckpt.storage.files import Files
 from ckpt.storage.objects import ObjectStore
 from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError, StoreError
@@ -32,55 +31,13 @@ from ckpt_formats.remote import Entry
 from ckpt_formats.runs import Found, State, find_checkpoints
 from ckpt_formats.urls import is_url, normal
 
-__all__ = ["GRACE_S", "Kept", "PruneReport", "Removed", "prune"]
+__all__ = ["GRACE_S", "prune"]
 
 GRACE_S = 3600.0
 """Seconds for which nothing must have changed in what is taken for debris: a save or copy may be under way."""
 DELETERS = 8
 """Objects that are removed at once."""
 _ALL = EveryN(1)
-
-
-class Kept(NamedTuple):
-    """A checkpoint that stays."""
-
-    path: str
-    step: int | None
-    why: str
-    """For people: newest, by the rule, pinned, tagged best, in use, or what is wrong with it."""
-
-
-class Removed(NamedTuple):
-    """Something that was removed, or would be in a dry run."""
-
-    path: str
-    """A checkpoint's folder; of debris, the folder or the file."""
-    step: int | None
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneReport:
-    """What `prune` did, or in a dry run would do."""
-
-    path: str
-    """The run's folder."""
-    dry_run: bool
-    kept: Sequence[Kept]
-    """By step, the oldest first."""
-    removed: Sequence[Removed]
-    """Checkpoints, by step, the oldest first."""
-    debris: Sequence[Removed]
-    """What saves and copies that failed had left."""
-    recent: Sequence[str]
-    """What looks like debris but changed within the grace time; a save or copy may be under way there."""
-    failed: Sequence[tuple[str, str]]
-    """Path and reason: what should have gone and could not be removed, or not all of it."""
-
-    @property
-    def bytes(self) -> int:
-        """Bytes that became free."""
-        return sum(item.bytes for item in (*self.removed, *self.debris))
 
 
 def prune(
@@ -127,7 +84,7 @@ def prune(
     if NODE in folder:
         begun = _ALL if keep is None else keep
         one = partial(prune, keep=keep, dry_run=dry_run, grace=grace, files=files, begun=begun, of_loop=of_loop)
-        return _together(folder, [one(each, owed=owed) for each in folders_of(folder)])
+        return together(folder, [one(each, owed=owed) for each in folders_of(folder)])
     if of_loop:
         found = [item for item in found if item.of_loop]
     if owed is None:
@@ -137,19 +94,6 @@ def prune(
     if begun is None and any(item.elsewhere for item in found):
         begun = _ALL if keep is None else keep
     return _FolderPrune(folder, found, dry_run, grace, files or Files(), begun).run(keep, owed)
-
-
-def _together(run: str, reports: Sequence[PruneReport]) -> PruneReport:
-    """What was done on the disks of several nodes."""
-    return PruneReport(
-        path=run,
-        dry_run=any(report.dry_run for report in reports),
-        kept=[item for report in reports for item in report.kept],
-        removed=[item for report in reports for item in report.removed],
-        debris=[item for report in reports for item in report.debris],
-        recent=[item for report in reports for item in report.recent],
-        failed=[item for report in reports for item in report.failed],
-    )
 
 
 class _Prune:
@@ -165,6 +109,7 @@ class _Prune:
         self._debris: list[Removed] = []
         self._recent: list[str] = []
         self._failed: list[tuple[str, str]] = []
+        self._unmeasured: dict[str, str] = {}
 
     def _linked(self) -> dict[str, str]:
         """Paths that links in the run's folder lead to, and the links' names."""
@@ -212,6 +157,7 @@ class _Prune:
             debris=self._debris,
             recent=self._recent,
             failed=self._failed,
+            unmeasured=self._unmeasured if self._removed else {},
         )
 
     # checkpoints
@@ -229,6 +175,8 @@ class _Prune:
             if why is not None:
                 reasons[item.path] = why
             saved.append(Saved(step, facts.metrics, why is not None))
+        if keep is not None:
+            self._unmeasured = _unmeasured(keep, saved)
         stay = {item.step for item in saved} if keep is None else kept(keep, saved)
         newest = max((step for _, step in whole), default=None)
         for item, step in whole:
@@ -487,6 +435,16 @@ def _facts(path: str) -> tuple[Facts, str | None]:
     except CheckpointError as error:
         return Facts(), f"its facts can't be read, and it may be pinned: {error}"
     return facts, facts.protected
+
+
+def _unmeasured(keep: Policy | int, saved: Sequence[Saved]) -> dict[str, str]:
+    """Metrics by which a policy chooses and that no checkpoint has, and what is to be said of each."""
+    measured = {name for item in saved for name in item.metrics}
+    there = f"those that are: {', '.join(map(repr, sorted(measured)))}" if measured else "nor any other"
+    return {
+        name: f"BestN keeps nothing, since no checkpoint has the metric {name!r} ({there})"
+        for name in sorted(metrics_of(keep) - measured)
+    }
 
 
 def _listed(root: Root) -> list[str]:

@@ -43,6 +43,7 @@ from ckpt_formats.errors import (
     UnsupportedValueError,
     ValuesDifferError,
 )
+from ckpt_formats.facts import metric
 from ckpt_formats.native import names
 from ckpt_formats.urls import is_url
 
@@ -252,8 +253,11 @@ class Checkpointer:
     def log(self, **metrics: float) -> None:
         """Note metrics of this step, such as loss=2.3. Those that rank 0 has noted are recorded beside a checkpoint of
         this step, where BestN and `ckpt tag` find them.
+
+        Raises:
+            FactsError: a name can't be that of a metric, or a value is no number.
         """
-        self._metrics.update({name: float(value) for name, value in metrics.items()})
+        self._metrics.update({name: metric(name, value) for name, value in metrics.items()})
 
     def _after(self, step: int, *, last: bool) -> None:
         """The end of a step."""

@@ -246,6 +246,8 @@ class Lead:
         said, self._said = self._said, status
         if status["pruning"] not in (None, said.get("pruning")):
             log.warning("what need not be kept can't be removed: %s", status["pruning"])
+        for name in status["unmeasured"].keys() - said.get("unmeasured", {}).keys():
+            log.warning("%s: %s", self._run, status["unmeasured"][name])
         for name, state in status["levels"].items():
             before = said.get("levels", {}).get(name, {})
             if state["error"] not in (None, before.get("error")):

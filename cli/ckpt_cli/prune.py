@@ -11,7 +11,7 @@ from ckpt_cli.output import Cell, Column, Output, count_text, json_option, print
 
 if TYPE_CHECKING:
     from ckpt.levels.policies import Policy
-    from ckpt.levels.prune import PruneReport
+    from ckpt.levels.report import PruneReport
 
 LISTED = 10
 """Items of debris that are listed; --json lists all."""
@@ -103,6 +103,8 @@ def _print(report: PruneReport) -> None:
             out.line((f"  {os.path.relpath(path, report.path)}", "dim"))
     for path, reason in report.failed:
         out.line(("Could not be removed: ", "bold red"), f"{path}: {reason}")
+    for why in report.unmeasured.values():
+        out.line((why, "yellow"))
     done = "Would free" if report.dry_run else "Freed"
     out.line(
         (f"{done} {size_text(report.bytes)}", "bold"),
@@ -127,5 +129,6 @@ def _facts(report: PruneReport) -> dict[str, object]:
         "debris": [{"path": item.path, "bytes": item.bytes} for item in report.debris],
         "recent": list(report.recent),
         "failed": [{"path": path, "reason": reason} for path, reason in report.failed],
+        "unmeasured": list(report.unmeasured),
         "bytes": report.bytes,
     }

@@ -21,7 +21,7 @@ from ckpt_formats.sources import read_small
 from ckpt_formats.urls import tidy
 from ckpt_formats.values.tree import brief
 
-__all__ = ["Facts", "decode", "encode", "read_facts"]
+__all__ = ["Facts", "decode", "encode", "metric", "read_facts"]
 
 FORMAT = "ckpt-facts"
 VERSION = 1
@@ -76,11 +76,7 @@ def encode(facts: Facts) -> bytes:
         _require_name("tag", tag)
     metrics: dict[str, float | str] = {}
     for name, value in facts.metrics.items():
-        _require_name("metric", name)
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise FactsError(f"the metric {name!r} is {value!r}; give a number") from None
+        number = metric(name, value)
         metrics[name] = number if math.isfinite(number) else next(k for k, v in _NOT_FINITE.items() if _same(v, number))
     tree = {
         "format": FORMAT,
@@ -93,6 +89,15 @@ def encode(facts: Facts) -> bytes:
     if len(data) > MAX_SIZE:
         raise FactsError(f"the tags and metrics of a checkpoint would take {len(data)} bytes; at most {MAX_SIZE} fit")
     return data
+
+
+def metric(name: str, value: object) -> float:
+    """The value of a metric that can be recorded. Raises FactsError for what can't be."""
+    _require_name("metric", name)
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # a tensor of many
+        raise FactsError(f"the metric {name!r} is {brief(value)}; give a number") from None
 
 
 def decode(data: bytes, path: str) -> Facts:

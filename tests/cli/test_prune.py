@@ -65,7 +65,9 @@ def test_rules_keep_what_any_of_them_keeps(run: Path, checkpoint: Path) -> None:
     for rule in (("--best", "1", "loss", "min"), ("--every", "50"), ("--keep", "2")):
         assert here("prune", run, *rule).exit_code == 0
         assert checkpoint.exists()
-    assert here("prune", run, "--best", "1", "accuracy", "max", "--every", "200", "--keep", "1").exit_code == 0
+    without = here("prune", run, "--best", "1", "accuracy", "max", "--every", "200", "--keep", "1")
+    assert without.exit_code == 0
+    assert "no checkpoint has the metric 'accuracy' (those that are: 'loss')" in without.stdout
     assert os.listdir(run) == ["step_00000200"]
 
 

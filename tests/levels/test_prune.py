@@ -17,7 +17,8 @@ from torch import distributed
 
 import ckpt
 from ckpt.levels.policies import BestN, EveryN, LatestN
-from ckpt.levels.prune import PruneReport, prune
+from ckpt.levels.prune import prune
+from ckpt.levels.report import PruneReport
 from ckpt.storage.facts import update_facts
 from ckpt.storage.files import Files
 from ckpt_formats.errors import CheckpointError, CheckpointNotFoundError

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ckpt
 from ckpt.loop import interruption
-from ckpt_formats.errors import ConfigurationError, CorruptionError, SaveFailedError, StateError
+from ckpt_formats.errors import ConfigurationError, CorruptionError, FactsError, SaveFailedError, StateError
 from ckpt_formats.runs import State, find_checkpoints
 from tests.ranks import Killed, run_ranks
 
@@ -108,6 +108,22 @@ def test_what_rank_0_logs_at_a_step_is_in_the_checkpoint_of_that_step(tmp_path: 
             assert checkpoint.values["checkpointer"]["metrics"] == {"loss": 10.0 - step}
     with ckpt.open(tmp_path / "step_00000004") as checkpoint:
         assert checkpoint.values["checkpointer"]["metrics"] == {}
+
+
+def test_a_metric_that_can_not_be_recorded_is_an_error_where_it_is_logged(tmp_path: Path) -> None:
+    training = Training()
+    with ckpt.Checkpointer(tmp_path, training.state, every=100) as loop:
+        for name in ("per layer\tgrad", "top1,top5", " loss", ""):
+            with pytest.raises(FactsError, match="printable characters without commas"):
+                loop.log(**{"loss": 1.0, name: 1.0})
+        for value in (None, "low", torch.zeros(2)):
+            with pytest.raises(FactsError, match=r"the metric 'loss' is .*; give a number"):
+                loop.log(loss=value)  # type: ignore[arg-type]
+
+
+def test_a_rule_by_a_metric_that_nobody_logs_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path, 5, lambda loop, step: loop.log(val_loss=step), every=1, keep=ckpt.BestN(2, "val_los"))
+    assert caplog.text.count("no checkpoint has the metric 'val_los' (those that are: 'val_loss')") == 1
 
 
 def test_a_save_that_is_asked_for_is_made_at_the_end_of_the_step(tmp_path: Path) -> None:

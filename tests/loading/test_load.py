@@ -274,7 +274,7 @@ def test_steps_over_a_block_and_more_read_and_keep_only_what_they_pick(
 def test_a_tensor_is_indexed_and_made_an_array_as_numpys_are(tmp_path: Path) -> None:
     state = {"w": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(7)}
     raw = torch.zeros(2, dtype=torch.uint8).view(torch.bits8)
-    ckpt.save({**state, "raw": raw}, tmp_path / "a")
+    ckpt.save({**state, "raw": raw, "one": torch.tensor(3)}, tmp_path / "a")
     for opened in (ckpt.open(tmp_path / "a"), open_checkpoint(tmp_path / "a")):
         with opened as checkpoint:
             assert (np.asarray(checkpoint["n"]), checkpoint["n"][...], checkpoint["n"][()]) == (7, 7, 7)
@@ -283,6 +283,7 @@ def test_a_tensor_is_indexed_and_made_an_array_as_numpys_are(tmp_path: Path) -> 
             for index in ("w", 1.0, np.ones(2)):
                 with pytest.raises(IndexError, match="by integers, slices"):
                     lazy[index]
+            assert (checkpoint["one"][()], checkpoint["one"][...], np.asarray(checkpoint["one"])) == (3, 3, 3)
             array = np.asarray(lazy)
             assert (array.dtype, array.tolist()) == (np.dtype(np.float32), state["w"].tolist())
             assert np.array(lazy, dtype=np.int8, copy=True).tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -10,8 +10,10 @@ files, and not how what it finds is loaded again; slots.py does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -209,7 +211,9 @@ def enter_optimizer(
                 if not isinstance(value, torch.Tensor):
                     inventory.value(prefix + slot, value)
                 elif cut is not None and value.ndim and not isinstance(value, DTensor):
-                    if _enter_local(inventory, prefix + slot, value, cut) and isinstance(parameter, DTensor):
+                    tells = partial(_like_parameters, optimizer, slot, parameters)
+                    likewise = _enter_local(inventory, prefix + slot, value, parameter, cut, tells)
+                    if likewise and isinstance(parameter, DTensor):
                         local_slots[slot] = True
                 else:
                     inventory.tensor(prefix + slot, value)
@@ -284,13 +288,31 @@ def cut_of(parameter: torch.Tensor, parameters: Parameters) -> Cut | None:
     return Cut(lowered, (sum(box.numel for box, _ in lowered.pieces),) if flat else tuple(parameter.shape))
 
 
-def _enter_local(inventory: Inventory, name: str, value: torch.Tensor, cut: Cut) -> bool:
+def _enter_local(
+    inventory: Inventory,
+    name: str,
+    value: torch.Tensor,
+    parameter: torch.Tensor,
+    cut: Cut,
+    tells: Callable[[], bool | None],
+) -> bool:
     """Enter a plain slot of a parameter that is cut; whether it is cut likewise, rather than equal on all ranks."""
-    if value.shape == cut.local:
-        inventory.part(name, value, cut.lowered)
-        return True
     whole = cut.lowered.shape
-    if tuple(value.shape) != whole and value.numel() != 1:
+    if tuple(value.shape) == cut.local:
+        alike: bool | None = True
+        if value.numel() == 1 and math.prod(whole) > 1:  # which a number has, too
+            alike = tells()
+        if alike is None and isinstance(parameter, DTensor):
+            raise StateError(
+                f"the slot {name!r} is a plain tensor of one element, while its parameter is cut: one element of "
+                f"{list(whole)} is on this rank. It can't be told whether the slot is a part or a number that is equal "
+                "on all ranks; make it a DTensor, or a tensor without dimensions",
+                tensor=name,
+            )
+        if alike is not False:
+            inventory.part(name, value, cut.lowered)
+            return True
+    elif tuple(value.shape) != whole and value.numel() != 1:
         raise StateError(
             f"the slot {name!r} is a plain tensor of shape {list(value.shape)}, while its parameter is cut: "
             f"{list(cut.local)} of {list(whole)} on this rank. It can't be told whether it is equal on all ranks; "
@@ -299,6 +321,25 @@ def _enter_local(inventory: Inventory, name: str, value: torch.Tensor, cut: Cut)
         )
     inventory.tensor(name, value)
     return False
+
+
+def _like_parameters(optimizer: torch.optim.Optimizer, slot: str, parameters: Parameters) -> bool | None:
+    """Whether plain slots of that name are like what this rank has of their parameters, rather than of one element.
+
+    None if no parameter of another size tells.
+    """
+    told = set()
+    for parameter, slots in state_of(optimizer).items():
+        value = slots.get(slot) if isinstance(parameter, torch.Tensor) else None
+        if not isinstance(value, torch.Tensor) or isinstance(value, DTensor) or not value.ndim:
+            continue
+        cut = cut_of(parameter, parameters)
+        local = tuple(parameter.shape) if cut is None else cut.local
+        if tuple(value.shape) != local:
+            told.add(False)
+        elif value.numel() != 1:
+            told.add(True)
+    return told.pop() if len(told) == 1 else None
 
 
 def _enter_flat(

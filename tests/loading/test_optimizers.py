@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import ckpt
+from ckpt_formats.errors import StateError
 from tests.loading.cuts import Run, data_parallel, made
 from tests.loading.test_every_cut import contents
 from tests.ranks import run_ranks
@@ -203,3 +204,71 @@ def assert_same_state(path: Path, truth: Path) -> None:
     assert found.keys() == expected.keys()
     differ = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
     assert not differ, f"{path.name}: {differ}"
+
+
+class Plain(torch.optim.Optimizer):
+    """Keeps a count as a tensor of one element, and a sum of what this rank has of gradients, neither as a DTensor."""
+
+    def __init__(self, params: Iterable[Any], slots: tuple[str, ...]) -> None:
+        super().__init__(params, {"lr": 0.5})
+        self.slots = slots
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                grad = parameter.grad.to_local() if isinstance(parameter, DTensor) else parameter.grad
+                made = {"count": torch.zeros(1), "sum": torch.zeros_like(grad)}
+                state = self.state[parameter]
+                for slot in self.slots:
+                    state.setdefault(slot, made[slot]).add_(1 if slot == "count" else grad)
+
+
+def _single(rank: int, world_size: int, folder: str) -> None:
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return {"model": model, "optimizer": optimizer}
+
+    def sharded() -> torch.nn.Linear:
+        model = torch.nn.Linear(3, 2)
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+        assert model.bias.to_local().shape == (1,)  # type: ignore[operator]
+        return model
+
+    model = sharded()
+    ckpt.save(step(model, Plain(model.parameters(), ("count", "sum"))), f"{folder}/a")
+    with ckpt.open(f"{folder}/a") as saved:
+        found = {name: tensor[...].tolist() for name, tensor in saved.tensors.items() if ".state." in name}
+    assert found == {
+        "optimizer.state.weight.count": [1.0],
+        "optimizer.state.weight.sum": [[1.0, 1.0, 1.0]] * 2,
+        "optimizer.state.bias.count": [1.0],
+        "optimizer.state.bias.sum": [1.0, 1.0],
+    }
+    model = sharded()
+    ckpt.load({"model": model, "optimizer": (optimizer := Plain(model.parameters(), ()))}, f"{folder}/a")
+    assert optimizer.state[model.bias]["sum"].shape == (1,)
+    for slot in ("count", "sum"):  # nothing tells what it is
+        model = sharded()
+        with pytest.raises(StateError, match=rf"optimizer\.state\.bias\.{slot}' is a plain tensor of one element"):
+            ckpt.save(step(model, Plain([model.bias], (slot,))), f"{folder}/b")
+    model = sharded()
+    ckpt.save(step(model, torch.optim.AdamW([model.bias])), f"{folder}/c")
+    # what was cut by hand has slots that are like it, as any plain tensor has
+    plain = torch.nn.Linear(3, 1)
+    ckpt.mark(plain, "weight", (2, 3), (rank, 0))
+    ckpt.mark(plain, "bias", (2,), (rank,))
+    ckpt.save(step(plain, torch.optim.AdamW([plain.bias])), f"{folder}/d")
+    with ckpt.open(f"{folder}/d") as saved:
+        assert saved["optimizer.state.bias.exp_avg"].shape == (2,)
+    plain.zero_grad()
+    ckpt.save(step(plain, Plain(plain.parameters(), ("count", "sum"))), f"{folder}/e")
+    with ckpt.open(f"{folder}/e") as saved:
+        assert saved["optimizer.state.bias.count"].shape == (1,)
+        assert saved["optimizer.state.bias.sum"][...].tolist() == [1.0, 1.0]
+
+
+def test_a_slot_of_one_element_is_a_number_or_a_part_as_the_slots_of_other_parameters_are(tmp_path: Path) -> None:
+    run_ranks(_single, 2, str(tmp_path))

@@ -5,6 +5,7 @@ It follows them on a thread of its own, which waits for the agent's answers and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -13,18 +14,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from ckpt.agent.pending import PendingSave
 from ckpt.agent.saver import AsyncSaver
 from ckpt.levels.claim import Claim
-from ckpt.levels.record import write_levels
+from ckpt.levels.owed import steps_in
+from ckpt.levels.record import read_levels, write_levels
 from ckpt.levels.tiers import Level
 from ckpt.loop.lives import Lives
 from ckpt.planning.interval import best_interval
 from ckpt.storage.objects import ObjectStore
-from ckpt_formats.errors import CheckpointError, SaveFailedError
+from ckpt_formats.errors import CheckpointError, FormatError, SaveFailedError
+from ckpt_formats.native.node_folders import NODE
 
 __all__ = ["Lead"]
 
@@ -62,7 +66,7 @@ class Lead:
         committed: the newest step that was committed in this job.
 
     Raises:
-        SaveFailedError: the run can't be had.
+        SaveFailedError: the run, or the folder of a level, can't be had.
         StoreError: a remote level can't be used.
     """
 
@@ -88,29 +92,24 @@ class Lead:
         self._deadline = float("inf")
         self._said: dict[str, Any] = {}
         """What was known last of how far the agent is."""
-        try:
-            os.makedirs(run, exist_ok=True)
-            self.claim = Claim.take(run)
-        except OSError as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise _unwritable(run, error) from error
-        try:
+        with ExitStack() as claims:
+            self.claim = _claimed(run, claims)
+            taken = {os.path.realpath(run)}
+            # what is wrong with a level is better known now than when the first checkpoint is due there
             for level in levels:
                 if level.remote:
                     level.configure()
-                    # what is wrong with a store is better known now than when the first checkpoint is due there
                     ObjectStore(level.place).check()
-            write_levels(run, levels)
-            self._lives = Lives(run, self.claim, nodes)
-        except OSError as error:
-            self.claim.release()
-            if isinstance(error, CheckpointError):
-                raise
-            raise _unwritable(run, error) from error
-        except BaseException:
-            self.claim.release()
-            raise
+                elif NODE not in level.place and os.path.realpath(level.place) not in taken:
+                    _claimed(level.place, claims)
+                    taken.add(os.path.realpath(level.place))
+            try:
+                self._left = _left(run, levels)
+                write_levels(run, levels)
+                self._lives = Lives(run, self.claim, nodes)
+            except OSError as error:
+                raise _unwritable(run, error) from error
+            self._claims = claims.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -121,16 +120,43 @@ class Lead:
         self._end_following(0.0)
         # an interrupt is what somebody wanted
         self._lives.end(failed=kind is not None and issubclass(kind, Exception))
-        self.claim.release()
+        self._claims.close()
 
     def follow(self, saver: AsyncSaver, before: int | None) -> None:
         """Begin to follow saves; the checkpoint gone on from is of step `before`."""
         self._lives.begin()
         self._before = before
+        self._tell_of_left()
         self._saver = saver
         self._begin = time.monotonic()
         self._following = threading.Thread(target=self._follow, name="ckpt-follow", daemon=True)
         self._following.start()
+
+    def _tell_of_left(self) -> None:
+        """Warn of what the run would have gone on from if its levels were still those of the job before."""
+        now = "begins anew" if self._before is None else f"goes on after step {self._before}"
+        why = "which is not among its levels any more"
+        for level in self._left:
+            more = self._more_on(level)
+            if more is not None:
+                log.warning(
+                    "%s %s, though %s, %s, %s; name it in tiers to go on from it",
+                    self._run,
+                    now,
+                    level.place,
+                    why,
+                    more,
+                )
+
+    def _more_on(self, level: Level) -> str | None:
+        """What is newer on a level than what was gone on from, for people; None if nothing is."""
+        if level.remote:
+            # how it is reached is not known any more
+            return "may have checkpoints" if self._before is None else None
+        with contextlib.suppress(CheckpointError, OSError):
+            newest = max(steps_in(level.place), default=0)
+            return f"has step {newest}" if newest > (self._before or 0) else None
+        return None
 
     # when
 
@@ -280,6 +306,29 @@ class Lead:
                 log.warning("%s: waits for steps %s", self._run, owed or "to be looked after")
                 said = True
             time.sleep(0.02)
+
+
+def _left(run: str, levels: Sequence[Level]) -> list[Level]:
+    """Levels that the run had in the job before and has no more."""
+    try:
+        known = read_levels(run) or []
+    except FormatError:
+        return []
+    places = {level.place for level in levels}
+    return [level for level in known if level.place not in places]
+
+
+def _claimed(folder: str, claims: ExitStack) -> Claim:
+    """The right to save into a folder, which is made, until the end of a block."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        claim = Claim.take(folder)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    claims.callback(claim.release)
+    return claim
 
 
 def _unwritable(run: str, error: OSError) -> SaveFailedError:

@@ -18,6 +18,7 @@ import ckpt
 from ckpt.levels.prune import prune
 from ckpt.levels.record import read_levels
 from ckpt.levels.tiers import levels_from_json, levels_to_json
+from ckpt_formats.errors import SaveFailedError
 from ckpt_formats.facts import read_facts
 from ckpt_formats.runs import State, find_checkpoints
 from tests.ranks import Killed, run_ranks
@@ -34,6 +35,12 @@ def until(true: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
     while not true():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.01)
+
+
+def break_place(place: Path) -> None:
+    """Have a file instead: nothing can be brought there."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.touch()
 
 
 def train(run: Path, steps: int, each: Callable[[Any, int], object] = lambda *_: None, **options: Any) -> list[int]:
@@ -89,9 +96,10 @@ def test_what_the_agent_is_told_of_levels_is_what_they_are(tmp_path: Path) -> No
 
 def test_what_is_due_elsewhere_and_not_there_yet_is_not_pruned(tmp_path: Path) -> None:
     far = tmp_path / "far"
-    far.touch()  # a file: nothing can be brought there
 
     def mend(loop: Any, step: int) -> None:
+        if step == 1:
+            break_place(far)
         if step == 8:
             # not always in the order of the steps
             until(lambda: {2, 4, 6, 7} <= set(saved(tmp_path / "run")), "steps 2 to 7 to be committed")
@@ -106,9 +114,10 @@ def test_what_is_due_elsewhere_and_not_there_yet_is_not_pruned(tmp_path: Path) -
 def with_a_backlog(rank: int, world_size: int, folder: str) -> None:
     os.environ["CKPT_EVENTS"] = f"jsonl:{folder}/events"
     far = Path(folder, "far")
-    far.touch()
 
     def mend(loop: Any, step: int) -> None:
+        if step == 1:
+            break_place(far)
         if step == 8:
             until(lambda: saved(Path(folder, "run"))[-1:] == [7], "step 7 to be committed")
             far.unlink()
@@ -132,9 +141,10 @@ def test_what_would_be_pruned_there_at_once_is_not_sent(tmp_path: Path) -> None:
 
 def test_damage_on_the_first_level_does_not_travel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     far = tmp_path / "far"
-    far.touch()
 
     def damage(loop: Any, step: int) -> None:
+        if step == 1:
+            break_place(far)
         if step == 3:
             until(lambda: saved(tmp_path / "run") == [1, 2], "step 2 to be committed")
             (data,) = (tmp_path / "run" / "step_00000002" / "data").iterdir()
@@ -190,7 +200,7 @@ def test_a_prune_by_hand_leaves_what_is_owed_to_a_further_level(tmp_path: Path) 
     assert [item.step for item in prune(run, 1).kept] == [2, 4, 7]
 
 
-def killed(rank: int, world_size: int, folder: str, steps: int) -> None:
+def killed(rank: int, world_size: int, folder: str, steps: int, broken: bool = False) -> None:
     state = {"w": torch.zeros(1000), "count": 0}
     tiers = [ckpt.Disk(every=1, keep=1), ckpt.Disk(f"{folder}/far", every=2)]
     with ckpt.Checkpointer(f"{folder}/run", state, tiers=tiers) as loop:
@@ -198,6 +208,8 @@ def killed(rank: int, world_size: int, folder: str, steps: int) -> None:
         assert agent is not None
         if rank == 0:
             Path(folder, "agent").write_text(os.path.dirname(agent.address))
+        if broken:
+            break_place(Path(folder, "far"))
         for step in loop.steps(steps + 1):
             state["count"] = step
             if step == steps + 1:
@@ -228,19 +240,22 @@ def test_a_start_goes_on_with_what_was_not_on_all_levels_when_everything_died(tm
 
 
 def test_the_agent_of_a_job_before_leaves_the_levels_to_the_next(tmp_path: Path) -> None:
-    (tmp_path / "far").touch()
-    run_ranks(killed, 1, str(tmp_path), 4, allow_death=True)
+    far = tmp_path / "far"
+    run_ranks(killed, 1, str(tmp_path), 4, True, allow_death=True)
     old = Path((tmp_path / "agent").read_text())
     assert old.exists()
     # it would go on for an hour; it lets the next job have the run when everything that was captured is written
     until(lambda: saved(tmp_path / "run")[-1:] == [4], "the agent to commit")
-    tiers = [ckpt.Disk(every=1, keep=1), ckpt.Disk(tmp_path / "far", every=2)]
+    tiers = [ckpt.Disk(every=1, keep=1), ckpt.Disk(far, every=2)]
 
     def mend(loop: Any, step: int) -> None:
+        if step == 5:
+            break_place(far)
         if step == 8:
             until(lambda: not old.exists(), "the old agent to end")
-            (tmp_path / "far").unlink()
+            far.unlink()
 
+    far.unlink()
     train(tmp_path / "run", 8, mend, tiers=tiers)
     assert saved(tmp_path / "run") == [8]
     assert saved(tmp_path / "far") == [2, 4, 6, 8]
@@ -287,6 +302,44 @@ def test_nodes_with_disks_of_their_own_go_on_from_them_and_from_elsewhere_when_o
     assert results == [(6, f"{tmp_path}/far/step_00000006", 8)] * 4
     assert sorted(os.listdir(tmp_path / "b" / "run")) == ["step_00000007", "step_00000008"]
     assert {"step_00000007", "step_00000008"} <= set(os.listdir(tmp_path / "a" / "run"))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_disk_that_can_not_be_written_is_an_error_before_the_training(number: int, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    tiers = [ckpt.Disk(tmp_path / "one"), ckpt.Disk(tmp_path / "two")]
+    tiers[number] = ckpt.Disk(tmp_path / "file" / "run")
+    with pytest.raises(SaveFailedError, match=r"file/run: nothing can be saved there \(Not a directory\)"):
+        train(tmp_path / "run", 1, lambda *_: pytest.fail("it trains"), tiers=tiers)
+    # and the others are free again
+    train(tmp_path / "run", 1, tiers=[ckpt.Disk(tmp_path / "one"), ckpt.Disk(tmp_path / "two")])
+
+
+def test_a_disk_belongs_to_one_job_at_a_time(tmp_path: Path) -> None:
+    # the run's own folder may be a further level, and one may be named by a link
+    (tmp_path / "link").symlink_to(tmp_path / "shared")
+    tiers = [ckpt.Disk(tmp_path / "fast"), ckpt.Disk(), ckpt.Disk(tmp_path / "shared"), ckpt.Disk(tmp_path / "link")]
+
+    def second(loop: Any, step: int) -> None:
+        for tier in (ckpt.Disk(tmp_path / "fast"), ckpt.Disk(tmp_path / "shared")):
+            with pytest.raises(SaveFailedError, match=r"(fast|shared): another job saves into this run, process"):
+                train(tmp_path / "other", 1, tiers=[tier, ckpt.Disk()])
+
+    train(tmp_path / "run", 1, second, tiers=tiers)
+    train(tmp_path / "other", 1, tiers=[ckpt.Disk(), ckpt.Disk(tmp_path / "shared")])
+
+
+def test_a_run_that_goes_on_without_a_level_that_has_more_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, first, second = tmp_path / "run", tmp_path / "first", tmp_path / "second"
+    train(run, 4, tiers=[ckpt.Disk(first)])
+    train(run, 2, tiers=[ckpt.Disk(second)])
+    assert f"{run} begins anew, though {first}, which is not among its levels any more, has step 4" in caplog.text
+    train(run, 2, tiers=[ckpt.Disk(first)])
+    assert "goes on after" not in caplog.text
+    train(run, 2, tiers=[ckpt.Disk(second)])
+    assert f"{run} goes on after step 2, though {first}, " in caplog.text
 
 
 def test_levels_that_can_not_be_understood_are_an_error_that_names_the_file(tmp_path: Path) -> None:

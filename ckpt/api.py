@@ -150,6 +150,7 @@ def load(
         CheckpointNotFoundError: no checkpoint was committed there.
         RenameError: a rule of `rename` is wrong, matches nothing, or gives two things one name; nothing was touched.
         StateMismatchError, ShapeMismatchError, DtypeMismatchError: the state is another; nothing was touched.
+        ConfigurationError: ranks were given different checkpoints; nothing was touched.
         CorruptionError: bytes do not fit their checksum; tensors may have been overwritten in part.
         RankError: another rank failed.
     """

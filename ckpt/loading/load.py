@@ -7,7 +7,6 @@ they take part in each other's load only to learn of failures.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -25,6 +24,7 @@ from ckpt.loading.bounce import Bounced, read_bounced
 from ckpt.loading.exchange import ElsewhereError
 from ckpt.loading.node import patience_s
 from ckpt.loading.sharing import share
+from ckpt.loading.together import identity, listed, prefixes, refuse_mixture, unexpected_by_all
 from ckpt.network import over_network
 from ckpt.state import SavedState, SavedTensor, Target, build_target
 from ckpt.state.given import Others
@@ -51,8 +51,6 @@ LITTLE = 16 << 20
 """Bytes that are read twice rather than shared."""
 EXCHANGES = ("auto", "always", "never")
 PARTLY = "Tensors of the state may have been overwritten in part"
-LISTED = 10
-"""How many names an error lists before it says how many more there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +253,7 @@ class _Load:
         self._values = {
             path: self.checkpoint.decode(value, path, leaf=LEAVES)
             for path, value in manifest.values.items()
-            if any(prefix in self._state for prefix in _prefixes(path))
+            if any(prefix in self._state for prefix in prefixes(path))
         }
         metas = manifest.model_tensors
         dtypes = {name: torch_dtype(name) for name in {meta.dtype.name for meta in metas.values()}}
@@ -290,30 +288,27 @@ class _Load:
         return {path: self.checkpoint.decode(value, path, leaf=LEAVES) for path, value in own.items()}
 
     def agree(self, failure: BaseException | None) -> None:
-        """Raise on every rank if any can't load, or if there are names that no rank expects.
-
-        With pipeline stages, each rank has only some of the checkpoint's names.
+        """Raise on every rank if any can't load, if they have opened different checkpoints, or if there are names that
+        no rank expects.
         """
-        covered = 0 if failure is not None else self._plan.bytes_covered + self._to_devices.bytes_covered
-        question, covered = self._group.tally(failure, bool(self.unexpected), covered)
-        if self._group.world_size == 1:
+        covered = mark = 0
+        if failure is None:
+            covered = self._plan.bytes_covered + self._to_devices.bytes_covered
+            mark = identity(self.checkpoint)
+        group = self._group
+        question, covered, marks = group.tally(failure, bool(self.unexpected), covered, mark)
+        if group.world_size == 1:
             return
+        if marks != group.world_size * mark:
+            refuse_mixture(group, self.checkpoint)
         # more than there is: several ranks need the same blocks. All know that, so who shares nothing asks nobody
         most = SHARED * self._stored() + LITTLE
         self._shares = covered > most
         # what others of this node read too is left to them in the page cache
         self._past_cache = not self._shares
-        if not question:
-            return
-
-        def common(payloads: list[bytes]) -> bytes:
-            first, *others = (json.loads(payload) for payload in payloads)
-            rest = [set(other) for other in others]
-            return json.dumps([name for name in first if all(name in other for other in rest)]).encode()
-
-        mine = json.dumps(self.unexpected).encode()
-        self.unexpected = json.loads(self._group.exchange(mine, None, common))
-        self._check_names()
+        if question:
+            self.unexpected = unexpected_by_all(group, self.target.entries, self.unexpected)
+            self._check_names()
 
     def _stored(self) -> int:
         """Bytes of all tensors below the entries of the state, whichever ranks need them."""
@@ -342,7 +337,7 @@ class _Load:
         if absent:
             raise StateMismatchError(
                 f"{self._path} does not fit the state."
-                + _listed("On the meta device and not in the checkpoint", absent)
+                + listed("On the meta device and not in the checkpoint", absent)
                 + " They would be left without values; make them on a real device",
                 path=self._path,
             )
@@ -352,8 +347,8 @@ class _Load:
         if self._strict and (target.missing or self.unexpected):
             raise StateMismatchError(
                 f"{self._path} does not fit the state."
-                + _listed("In the state but not in the checkpoint", target.missing)
-                + _listed("In the checkpoint but not in the state", self.unexpected)
+                + listed("In the state but not in the checkpoint", target.missing)
+                + listed("In the checkpoint but not in the state", self.unexpected)
                 + " Give the state that was saved, or strict=False to load what they have in common",
                 path=self._path,
             )
@@ -375,21 +370,21 @@ class _Load:
         if shapes:
             raise ShapeMismatchError(
                 f"{self._path} does not fit the state."
-                + _listed("Other shapes", shapes)
+                + listed("Other shapes", shapes)
                 + " Build the model as it was saved",
                 path=self._path,
             )
         if unlike:
             raise DtypeMismatchError(
                 f"{self._path} does not fit the state."
-                + _listed("Not all values of what is stored can be had in the dtype of", unlike)
+                + listed("Not all values of what is stored can be had in the dtype of", unlike)
                 + " Give them the dtypes that were saved; cast=True converts no such tensors",
                 path=self._path,
             )
         if dtypes:
             raise DtypeMismatchError(
                 f"{self._path} does not fit the state."
-                + _listed("Other dtypes", dtypes)
+                + listed("Other dtypes", dtypes)
                 + " Pass cast=True to convert them",
                 path=self._path,
             )
@@ -457,7 +452,7 @@ class _Load:
         if self._lost:
             warnings.warn(
                 f"{self._path} has of some tensors two that differ, and they are one in the state:"
-                + _listed("Not loaded", self._lost)
+                + listed("Not loaded", self._lost)
                 + " Untie them in the model to load both",
                 stacklevel=4,
             )
@@ -465,7 +460,7 @@ class _Load:
         if skipped and saved != world_size:
             warnings.warn(
                 f"{self._path} has the per-rank values of {saved} ranks, and there are {world_size} now:"
-                + _listed("These have no rule for that and stay as they were", skipped)
+                + listed("These have no rule for that and stay as they were", skipped)
                 + " Give ckpt.PerRank a `resize`, or set them yourself",
                 stacklevel=4,
             )
@@ -479,17 +474,3 @@ def _threads() -> int:
     """How many threads a rank reads with: the node's ranks share its CPUs. torchrun says how many ranks those are."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, min(4, (os.cpu_count() or 1) // max(1, int(ranks) if ranks.isdecimal() else 1)))
-
-
-def _prefixes(path: str) -> Iterator[str]:
-    """`a.b.c`, `a.b`, `a`: the names that a value at this path may belong to; names may have dots in them."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-
-
-def _listed(what: str, names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f" {what}: {', '.join(list(names)[:LISTED])}{more}."

@@ -38,6 +38,7 @@ class Target:
     """What loading has to fill on this rank.
 
     Attributes:
+        entries: the names of the state's entries.
         tensors: name in the checkpoint -> the boxes that this rank needs of it, and the memory they go to.
         missing: names that the state has and the checkpoint does not.
         unexpected: names that the checkpoint has below the entries of the state, and the state of this rank does not.
@@ -48,6 +49,7 @@ class Target:
     """
 
     def __init__(self) -> None:
+        self.entries: list[str] = []
         self.tensors: dict[str, LocalTensor] = {}
         self.missing: list[str] = []
         self.unexpected: list[str] = []
@@ -251,11 +253,10 @@ class _Matching:
         self._inventory = Inventory()
         self._target = Target()
         self._wanted: set[str] = set()
-        self._keys: list[str] = []
 
     def module(self, entry: Entry, parameters: Parameters) -> None:
         key = entry.key
-        self._keys.append(key)
+        self._target.entries.append(key)
         found = walk_module(entry.value, loading=True, masters=self._masters)
         self._stage3 += found.stage3
         parameters.add(key, found)
@@ -271,14 +272,14 @@ class _Matching:
         self._target._parts.append(part)
 
     def stateful(self, entry: Entry) -> None:
-        self._keys.append(entry.key)
+        self._target.entries.append(entry.key)
         marked = self._tree(entry.key, entry.value.state_dict())
         if marked is not ABSENT:
             self._target._parts.append(_Stateful(entry.key, entry.value, marked))
 
     def optimizer(self, entry: Entry, parameters: Parameters) -> None:
         key = entry.key
-        self._keys.append(key)
+        self._target.entries.append(key)
         live = Inventory()
         modules = self._saved.entries.get(key, {}).get("modules")
         naming = name_parameters(key, entry.value, parameters, modules)
@@ -291,7 +292,7 @@ class _Matching:
         self._target._parts.append(part)
 
     def container(self, entry: Entry) -> None:
-        self._keys.append(entry.key)
+        self._target.entries.append(entry.key)
         part = _Value(entry)
         self._spread(part, entry.key, entry.value, entry.parent, entry.slot, top=True)
         self._target._parts.append(part)
@@ -428,7 +429,7 @@ class _Matching:
         for name, value in inventory.local.values.items():
             self._wanted.add(name)
             self._compare(name, value)
-        for key in self._keys:
+        for key in target.entries:
             target.unexpected += [
                 name
                 for name in self._index.tensors.get(key, ())

@@ -156,12 +156,12 @@ class Collective:
             answers *= self.world_size
         return self._opened(self.scatter(answers))
 
-    def agree(self, failure: BaseException | None, *, question: bool = False) -> bool:
-        """End a phase without a payload: whether `question` is true on any rank.
+    def agree(self, failure: BaseException | None) -> None:
+        """End a phase without a payload.
 
         Raises, on every rank, if any rank failed, as `exchange` does. Costs a few bytes there and back when none did.
         """
-        return self.tally(failure, question)[0] > 0
+        self.tally(failure)
 
     def tally(self, failure: BaseException | None, *counts: int) -> list[int]:
         """End a phase with the sums of every rank's counts, at the same cost; raises as `agree` does."""
@@ -186,6 +186,24 @@ class Collective:
         if store is not None:
             with suppress(RuntimeError):
                 store.set(self._dead, json.dumps([why.rank, why.message]))
+
+    @contextmanager
+    def needed(self) -> Iterator[None]:
+        """A `with` block in which the others need this rank: if it is interrupted, they fail too."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException as error:
+            # by Ctrl-C, say: this process may live on, and would not be taken for dead
+            self.give_up(
+                RankError(
+                    f"rank {self.rank} was interrupted ({type(error).__name__}) while ranks took part in the same save "
+                    "or load; start the ranks anew",
+                    rank=self.rank,
+                )
+            )
+            raise
 
     def _everyone(self, mine: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor, all of one form, in the order of the ranks."""

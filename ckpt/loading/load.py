@@ -117,49 +117,55 @@ def load(
         exchange=exchange,
         device=device,
     )
-    with collector.paused(), operation, closing(load):
-        return _run(load, folder, group, operation)
+    with collector.paused(), operation, closing(load), group.needed():
+        _prepare(load, folder, operation)
+        try:
+            return _fill(load, folder, group, operation)
+        except BaseException as error:
+            _half_loaded(error)
+            raise
 
 
-def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> LoadResult:
+def _prepare(load: _Load, folder: str, operation: Operation) -> None:
+    """Find out whether every rank can load. If any can't, nothing was touched."""
     failure: BaseException | None = None
     try:
-        with operation.phase("plan"):
-            load.plan()
-            operation.step = load.checkpoint.step
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks learn it
-        failure = _named(error, folder)
-    with operation.phase("agree"):
-        # nothing is touched before every rank has found that it can load
         try:
+            with operation.phase("plan"):
+                load.plan()
+                operation.step = load.checkpoint.step
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks learn it
+            failure = _named(error, folder)
+        with operation.phase("agree"):
             load.agree(failure)
-        except BaseException:
-            load.untouched()
-            raise
+    except BaseException:
+        load.untouched()
+        raise
+
+
+def _fill(load: _Load, folder: str, group: Collective, operation: Operation) -> LoadResult:
+    failure: BaseException | None = None
     try:
         with operation.phase("read") as phase:
             load.read()
             phase.bytes = operation.bytes = load.stats.bytes_read
     except ElsewhereError:
-        failure = None  # that rank says what it was
+        pass  # that rank says what it was
     except RankError as error:
         # a rank died, so there is nobody to agree with
         group.give_up(error)
-        raise _half_loaded(error) from None
+        raise
     except Exception as error:  # noqa: BLE001 - as above
-        failure = _half_loaded(error)
+        failure = error
     with operation.phase("agree"):
-        together = _agree(group, failure, question=load.fallible)
+        group.agree(failure)
     with operation.phase("apply"):
         try:
             load.apply()
-        except Exception as error:
-            if not together:
-                raise
-            failure = _half_loaded(error)
-        if together:
-            # else others would wait for this rank, in what is collective of `refresh` or in what follows the load
-            _agree(group, failure)
+        except Exception as error:  # noqa: BLE001 - as above
+            failure = error
+        # else others would wait for this rank, in what is collective of `refresh` or in what follows the load
+        group.agree(failure)
         load.target.refresh()
     target, stats = load.target, load.stats
     return LoadResult(
@@ -179,14 +185,6 @@ def _run(load: _Load, folder: str, group: Collective, operation: Operation) -> L
     )
 
 
-def _agree(group: Collective, failure: BaseException | None, *, question: bool = False) -> bool:
-    """As Collective.agree, when tensors may have been overwritten."""
-    try:
-        return group.agree(failure, question=question)
-    except RankError as error:
-        raise _half_loaded(error) from error.__cause__
-
-
 def _named(error: Exception, folder: str) -> Exception:
     """Say in an error about what is stored, which may come from where no files are known, which checkpoint it is."""
     if isinstance(error, FormatError | MissingTensorError | StateMismatchError) and folder not in error.message:
@@ -195,10 +193,12 @@ def _named(error: Exception, folder: str) -> Exception:
     return error
 
 
-def _half_loaded(error: Exception) -> Exception:
-    if isinstance(error, CheckpointError) and PARTLY not in error.message:
-        error.message += f". {PARTLY}: load another checkpoint before training on"
-    return error
+def _half_loaded(error: BaseException) -> None:
+    why = f"{PARTLY}: load another checkpoint before training on"
+    if isinstance(error, CheckpointError):
+        error.message += f". {why}"
+    else:
+        error.add_note(why)
 
 
 class _Load:
@@ -320,12 +320,6 @@ class _Load:
     def still_meta(self) -> Sequence[str]:
         """Buffers that are on the meta device still."""
         return self._made.left if self._made is not None else ()
-
-    @property
-    def fallible(self) -> bool:
-        """Whether `apply` may fail on this rank alone."""
-        others = self.checkpoint.manifest.per_rank_world_size not in (0, self._group.world_size)
-        return others or self.target.fallible
 
     def untouched(self) -> None:
         """Leave the state as it was before `plan`."""

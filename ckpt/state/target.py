@@ -61,14 +61,6 @@ class Target:
         self._parts: list[_Module | OptimizerTarget | _Stateful | _Value] = []
         self._deepspeed = _DeepSpeed([], [])
 
-    @property
-    def fallible(self) -> bool:
-        """Whether `apply` calls what others have written, which may fail on this rank alone, or `refresh` has work."""
-        return bool(self._deepspeed) or any(
-            isinstance(part, _Stateful) or (isinstance(part, _Module) and (part.custom or part.extra))
-            for part in self._parts
-        )
-
     def apply(
         self, values: Mapping[str, Any], per_rank: Mapping[str, Any] | None, others: Others | None = None
     ) -> None:
@@ -200,9 +192,6 @@ class _DeepSpeed:
     def __init__(self, masters: list[Masters], stage3: list[torch.nn.Parameter]) -> None:
         self.masters = masters
         self.stage3 = stage3
-
-    def __bool__(self) -> bool:
-        return bool(self.masters or self.stage3)
 
     def refresh(self) -> None:
         for masters in self.masters:

@@ -55,7 +55,8 @@ class _Copied(Sink):
 
     def __setitem__(self, part: tuple[slice, ...] | EllipsisType, elements: AnyArray, /) -> None:
         stored = from_carrier(elements if elements.flags.aligned else elements.copy(), torch_dtype(self._stored.name))
-        with torch.no_grad():
+        # as no_grad, and tensors that were made in it can't be written outside
+        with torch.inference_mode():
             # to devices too, it has read the elements when it returns: they are not in pinned memory
             self._view[part].copy_(stored)
 
@@ -102,7 +103,7 @@ def read_bounced(
         stats = reader.execute(plan, threads=threads, buffers=buffers // 2, past_cache=past_cache)
         total.bytes_read += stats.bytes_read
         total.bytes_needed += stats.bytes_needed
-        with torch.no_grad():
+        with torch.inference_mode():
             for part, array in zip(parts, arrays, strict=True):
                 target = part.of.view[part.box.relative_to(part.of.box.offsets).slices()]
                 target.copy_(from_carrier(array, torch_dtype(part.of.dtype.name)), non_blocking=pinned)

@@ -39,6 +39,7 @@ from ckpt_formats.errors import (
     MissingTensorError,
     RankError,
     ShapeMismatchError,
+    StateError,
     StateMismatchError,
 )
 from ckpt_formats.reading import BUFFERS, ReadPlan, ReadStats, Request
@@ -353,6 +354,12 @@ class _Load:
             stored = saved.find(name)
             if stored is None:
                 continue
+            if local.overlaps:
+                raise StateError(
+                    f"the tensor {name!r} of the state can't be written, since elements of it share memory (was it "
+                    "expanded?); put its .clone() into the state",
+                    tensor=name,
+                )
             if stored.shape != local.shape:
                 shapes.append(f"{name} ({list(stored.shape)} stored, {list(local.shape)} in the state)")
             elif stored.dtype != local.dtype:

@@ -406,7 +406,7 @@ class Maker:
         dtype, alike = self.kind(found, parameter.dtype, whole, name, slot)
         shape = whole if alike else found.shape
         there = self._live.live.get(full)
-        if there is not None and self._fits(full, there, dtype, shape):
+        if there is not None and self._fits(full, dtype, shape):
             self._inventory.adopt(full, self._live)
             return there
         return self._new(full, dtype, shape, parameter, slot, hyper, alike=alike)
@@ -421,9 +421,9 @@ class Maker:
             return parameter, alike  # a slot of its parameter's dtype follows it to another
         return found.dtype, alike
 
-    def _fits(self, full: str, there: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    def _fits(self, full: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
         described = self._live.local.tensors.get(self._live.local.aliases.get(full, full))
-        return described is not None and described.shape == shape and there.dtype == dtype
+        return described is not None and described.takes(dtype, shape)
 
     def _new(
         self,

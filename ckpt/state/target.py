@@ -383,7 +383,7 @@ class _Matching:
             )
         there = live.local.tensors.get(live.local.aliases.get(name, name))
         kept = container and there is not None and self._is_kept(live.live[name])
-        if there is not None and (kept or (there.dtype, there.shape) == (found.dtype, found.shape)):
+        if there is not None and (kept or there.takes(found.dtype, found.shape)):
             self._inventory.adopt(name, live)
         else:
             device: torch.device | str = "cpu"

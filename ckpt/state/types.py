@@ -95,6 +95,26 @@ class LocalTensor:
     """How it is cut over the mesh, a word per axis, for people; empty for a tensor that is whole on every rank."""
     mesh: Mesh | None = None
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether elements of it share memory, as an expanded tensor's do, so that it can't be filled."""
+        return any(not piece.view.is_contiguous() and _overlaps(piece.view) for piece in self.pieces)
+
+    def takes(self, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that dtype and global shape can be loaded in place."""
+        return self.dtype == dtype and self.shape == shape and not self.overlaps
+
+
+def _overlaps(view: torch.Tensor) -> bool:
+    """Whether two indices lead to one address; dimensions that are interleaved without that count as if they did."""
+    reach = 0
+    for stride, size in sorted(zip(view.stride(), view.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
 
 @dataclass(eq=False, slots=True)
 class LocalState:

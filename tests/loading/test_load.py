@@ -25,6 +25,7 @@ from ckpt_formats.errors import (
     MissingTensorError,
     RankError,
     ShapeMismatchError,
+    StateError,
     StateMismatchError,
 )
 from ckpt_formats.geometry import Box
@@ -178,6 +179,57 @@ def test_what_is_stored_apart_and_tied_now_is_told_and_warned_of_if_it_differs(t
     assert ckpt.load({"model": tied}, tmp_path / "equal").retied == result.retied
     ckpt.save({"model": tied}, tmp_path / "tied")
     assert not ckpt.load({"model": tied}, tmp_path / "tied").retied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_inference_mode_are_filled_too_cast_or_not(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    ckpt.save({"model": model}, tmp_path / "a")
+    with torch.inference_mode():
+        other = torch.nn.Linear(3, 3).to(dtype)
+    ckpt.load({"model": other}, tmp_path / "a", cast=True)
+    assert torch.equal(other.weight, model.weight.to(dtype))
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_tensor_whose_elements_share_memory_is_refused_and_nothing_is_touched(cast: bool, tmp_path: Path) -> None:
+    saved = torch.arange(6.0, dtype=torch.float64 if cast else torch.float32).reshape(2, 3)
+    ckpt.save({"a": saved, "w": saved}, tmp_path / "a")
+    for shared in (torch.zeros(3).expand(2, 3), torch.zeros(4).unfold(0, 3, 1)):
+        state = {"a": torch.zeros(2, 3), "w": shared}
+        with pytest.raises(StateError, match=r"'w'.*clone\(\)"):
+            ckpt.load(state, tmp_path / "a", cast=cast)
+        assert not any(tensor.any() for tensor in state.values())
+    apart = torch.zeros(3, 5, 4)[:, ::2, 1].t()[:2]
+    ckpt.load({"w": apart}, tmp_path / "a", cast=cast)
+    assert torch.equal(apart, saved.float())
+
+
+class Fragile:
+    """What shows an expanded tensor as its state, and can't be restored."""
+
+    given = None
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def state_dict(self) -> dict[str, object]:
+        return {"weights": torch.ones(1).expand(3) if self.error is not None else torch.arange(3.0)}
+
+    def load_state_dict(self, given: dict[str, object]) -> None:
+        self.given = given["weights"]
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("another data set"), StateError("another data set")])
+def test_what_can_not_be_restored_says_that_tensors_were_overwritten(error: Exception, tmp_path: Path) -> None:
+    ckpt.save({"w": torch.ones(2), "data": Fragile()}, tmp_path / "a")
+    state = {"w": torch.zeros(2), "data": Fragile(error)}
+    with pytest.raises(type(error), match="another data set") as caught:
+        ckpt.load(state, tmp_path / "a")
+    assert "may have been overwritten" in "".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert state["data"].given.tolist() == [0, 1, 2]  # type: ignore[union-attr]
 
 
 def test_no_checkpoint_is_an_error_that_says_what_is_there(tmp_path: Path) -> None:

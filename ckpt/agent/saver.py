@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -79,6 +80,11 @@ class AsyncSaver:
         self._told = False
         self._follow = follow
         self._launcher = launcher
+        self._begin()
+        _savers.add(self)
+
+    def _begin(self) -> None:
+        """Nothing is under way yet, in this process."""
         self._client: AgentClient | None = None
         self._known: list[tuple[_Key, Recurring]] = []
         """What is known of the states that were saved, the last one first."""
@@ -91,6 +97,12 @@ class AsyncSaver:
         """Those that may not be copied yet; an optimizer may step on any thread."""
         self._fence = Fence(self.settle)
         self._pinned = Pinned()
+
+    def _leave_to_parent(self) -> None:
+        """In a process that was forked off: agent, threads and captures are its parent's; its own saves begin anew."""
+        self._fence.close()
+        self._slots.forget()
+        self._begin()
 
     def declare(self, memory: int | None) -> None:
         """Declare how many bytes this rank's captures may take, from the next one on. Raises ConfigurationError."""
@@ -407,6 +419,17 @@ class AsyncSaver:
             parcel.send_in_pieces(begun.sources, memory, take)
         operation.end()
         pending.handed.set()
+
+
+_savers: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for saver in list(_savers):
+        saver._leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class _Begun(NamedTuple):

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 import ckpt
+from ckpt import api
 from ckpt.agent.arena import Arena, MappedArena
+from ckpt.agent.pending import PendingSave
 from ckpt.agent.saver import AsyncSaver
 from tests.agent.test_async_save import until
 from tests.ranks import Killed, run_ranks
@@ -60,6 +63,43 @@ def test_a_forked_worker_neither_disturbs_the_saves_nor_keeps_the_agent(tmp_path
 
 def worker(folder: Path) -> int:
     return int((folder / "pid").read_text())
+
+
+def save_on_both_sides_of_a_fork(rank: int, world_size: int, folder: str) -> int:
+    distributed.destroy_process_group()
+    model = torch.nn.Linear(1000, 1000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    state = {"model": model, "optimizer": optimizer}
+
+    def save(name: str) -> PendingSave:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return ckpt.async_save(state, f"{folder}/{name}")
+
+    save("before").wait(60)
+    pending = save("meanwhile")
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            ckpt.load(state, f"{folder}/before")
+            save("child 1")
+            save("child 2").wait(60)
+            api._async_saver.close()
+            code = 0
+        finally:
+            os._exit(code)
+    save("after").wait(60)
+    pending.wait(60)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_process_that_was_forked_off_saves_with_an_agent_of_its_own(tmp_path: Path) -> None:
+    assert run_ranks(save_on_both_sides_of_a_fork, 1, str(tmp_path)) == [0]
+    for name in ("before", "meanwhile", "child 1", "child 2", "after"):
+        with ckpt.open(tmp_path / name) as checkpoint:
+            assert checkpoint["model.weight"].shape == (1000, 1000)
 
 
 def drop_an_arena_in_a_fork(rank: int, world_size: int, folder: str) -> int:

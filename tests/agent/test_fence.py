@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import ckpt
 from ckpt.agent.saver import AsyncSaver
@@ -143,6 +144,107 @@ def test_two_optimizers_that_step_in_turns(
         model.zero_grad()
 
     run(saver, tmp_path, model, {"model": model, "optimizers": optimizers}, step, copied_at_once)
+
+
+@pytest.mark.parametrize("kind", ["fused", "foreach"])
+def test_an_optimizer_that_was_made_after_the_save_waits_as_well(
+    kind: str, saver: AsyncSaver, tmp_path: Path, copied_at_once: list[torch.Tensor]
+) -> None:
+    """A new phase of a training begins, and the old optimizer was in the state; fused steps no version counter sees."""
+    model = model_of()
+    state: dict[str, Any] = {"model": model, "optimizer": KINDS[kind](model.parameters())}
+    former = []
+
+    def step() -> None:
+        former.append(state["optimizer"])
+        state["optimizer"] = KINDS[kind](model.parameters())
+        model(torch.randn(3, 20)).square().sum().backward()
+        state["optimizer"].step()
+
+    run(saver, tmp_path, model, state, step, copied_at_once)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["the same parameters", "parameters in one storage"])
+def test_a_step_of_one_optimizer_is_no_alarm_for_another_one(
+    flat: bool, saver: AsyncSaver, tmp_path: Path, copied_at_once: list[torch.Tensor]
+) -> None:
+    model = model_of()
+    first = second = list(model.parameters())
+    if flat:
+        whole = torch.randn(sum(parameter.numel() for parameter in first))
+        at = 0
+        for module in (model[0], model[2]):
+            for name, parameter in module.named_parameters():
+                part = whole[at : at + parameter.numel()].view(parameter.shape)
+                setattr(module, name, torch.nn.Parameter(part))
+                at += parameter.numel()
+        first, second = list(model.parameters())[:2], list(model.parameters())[2:]
+    resting, stepping = torch.optim.SGD(first, lr=0.1), torch.optim.AdamW(second)
+
+    def step() -> None:
+        model(torch.randn(3, 20)).square().sum().backward()
+        stepping.step()
+        model.zero_grad()
+
+    run(saver, tmp_path, model, {"model": model, "optimizers": [resting, stepping]}, step, copied_at_once)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate's: an optimizer by its class alone, around the one that steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.state = optimizer.state
+        self.param_groups = optimizer.param_groups
+        self.defaults = optimizer.defaults
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+def test_a_wrapper_that_torch_knows_nothing_of_is_as_good_as_what_it_wraps(
+    saver: AsyncSaver, tmp_path: Path, copied_at_once: list[torch.Tensor]
+) -> None:
+    model = model_of()
+    optimizer = Wrapper(torch.optim.AdamW(model.parameters(), fused=True))
+
+    def step() -> None:
+        model(torch.randn(3, 20)).square().sum().backward()
+        optimizer.step()
+        model.zero_grad()
+
+    run(saver, tmp_path, model, {"model": model, "optimizer": optimizer}, step, copied_at_once)
+
+
+class Unwatched(Wrapper):
+    """Steps itself, by writes that no version counter sees."""
+
+    def __init__(self, params: Any) -> None:
+        self.state = {}
+        self.defaults = {}
+        self.param_groups = [{"params": list(params)}]
+
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002 - every optimizer's takes one
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data -= 1
+
+
+@pytest.mark.usefixtures("copied_at_once")
+def test_an_optimizer_that_can_not_be_watched_is_told_of_and_costs_speed_alone(
+    saver: AsyncSaver, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of()
+    optimizer = Unwatched(model.parameters())
+    saved = []
+    for k in range(3):
+        saved.append((saver.save({"model": model, "optimizer": optimizer}, tmp_path / str(k)), expected(model)))
+        optimizer.step()
+    for k, (pending, values) in enumerate(saved):
+        pending.wait(60)
+        check(tmp_path / str(k), values)
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "ckpt"]
+    assert "the steps of the optimizer 'optimizer' can't be seen" in told
+    assert "torch.optim.Optimizer.__init__" in told
 
 
 def test_what_no_optimizer_owns_may_change_at_once(saver: AsyncSaver, tmp_path: Path) -> None:
@@ -379,14 +481,14 @@ def test_nothing_of_a_model_lives_on_when_it_was_saved(saver: AsyncSaver, tmp_pa
     assert [tensor for tensor in held if id(tensor) not in rooms] == []
 
 
-def test_optimizers_are_let_go_when_the_saver_is_closed(tmp_path: Path) -> None:
+def test_steps_are_let_go_when_the_saver_is_closed(tmp_path: Path) -> None:
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)
     with agent_here(tmp_path, Files()) as saver:
         saver.save({"model": model, "optimizer": optimizer}, tmp_path / "a").wait(60)
-        assert optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
+        assert len(_global_optimizer_pre_hooks) > before[0]
+    assert (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) == before
 
 
 @pytest.mark.usefixtures("copied_at_once")

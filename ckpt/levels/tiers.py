@@ -23,6 +23,9 @@ from ckpt_formats.urls import is_url, normal
 
 __all__ = ["Disk", "Level", "Remote", "levels_from_json", "levels_to_json", "settle"]
 
+_BUCKETS = ("s3", "s3a", "gs", "gcs")
+"""Schemes of stores that have objects' names and no folders."""
+
 
 @dataclass(frozen=True, slots=True)
 class Disk:
@@ -140,7 +143,13 @@ def _place(run: str, tier: Disk | Remote) -> str:
         return os.path.abspath(place)
     if "://" not in tier.url:
         raise ConfigurationError(f"Remote({tier.url!r}) is no URL; name a mounted folder as Disk({tier.url!r})")
-    return normal(tier.url)
+    url = normal(tier.url)
+    scheme, _, path = url.partition("://")
+    if scheme in _BUCKETS and "" in path.split("/"):
+        raise ConfigurationError(
+            f"Remote({tier.url!r}) names no bucket, or has an empty part between slashes; write {scheme}://bucket/run"
+        )
+    return url
 
 
 def _name(tier: Disk | Remote, before: Sequence[Level]) -> str:

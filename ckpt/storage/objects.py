@@ -17,9 +17,10 @@ import secrets
 import zlib
 from typing import Any, NamedTuple
 
-from ckpt_formats.errors import StoreError
+from ckpt_formats.backends import brief
+from ckpt_formats.errors import ConfigurationError, StoreError
 from ckpt_formats.native import names
-from ckpt_formats.remote import PAUSES_S, REQUEST_TIMEOUT_S, Store, response
+from ckpt_formats.remote import PAUSES_S, REQUEST_TIMEOUT_S, Entry, Store, response
 from ckpt_formats.urls import normal
 
 __all__ = ["PART", "ObjectStore", "Upload"]
@@ -34,7 +35,7 @@ CONTENTS = "anyckpt-contents"
 """The key of an object's metadata that says what its bytes are."""
 _SOON_S = (0.2, 0.5)
 """Pauses between attempts of `check`, whose caller waits for it."""
-_SOON_LIMIT_S = 15.0
+_SOON_LIMIT_S = 12.0
 """Seconds that each of them may take."""
 
 log = logging.getLogger("ckpt.store")
@@ -73,6 +74,7 @@ class ObjectStore(Store):
         Raises:
             StoreError: the bucket is missing, the credentials are wrong or missing or allow too little, or the
                 endpoint can't be reached. Found out within seconds, or a minute when the endpoint is silent.
+            ConfigurationError: the store's library does not know an option.
         """
         soon = ObjectStore(self.url, _SOON_S, _SOON_LIMIT_S)
         probe = os.path.join(self.url, names.temporary("probe", secrets.token_hex(8)))
@@ -81,11 +83,19 @@ class ObjectStore(Store):
             if soon.read(probe) != _PROBE:
                 why = f"{self.url}: what was written there can't be read again; use another store"
                 raise StoreError(why, path=probe)
-            if not any(entry.name == os.path.basename(probe) for entry in soon.ls(self.url)):
+            listed: list[Entry] = []
+            with contextlib.suppress(FileNotFoundError):
+                listed = soon.ls(self.url)
+            if not any(entry.name == os.path.basename(probe) for entry in listed):
                 raise StoreError(f"{self.url}: what was written there is not listed; use another store", path=probe)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"{self.url}: its options are not all known ({brief(error)}); correct them"
+            ) from error
         except BaseException:
+            # once: whoever waits has waited for as long as may help
             with contextlib.suppress(StoreError):
-                soon.remove(probe)
+                ObjectStore(self.url, (), _SOON_LIMIT_S).remove(probe)
             raise
         soon.remove(probe)
         return exclusive

@@ -116,7 +116,7 @@ def _make(url: str, scheme: str, options: Mapping[str, Any]) -> Any:
         package = _PACKAGES.get(scheme, f"what fsspec needs for {scheme}://")
         why = f"{url}: {scheme}:// needs a package that is missing; pip install '{package}'"
         raise StoreError(why, path=url) from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise StoreError(f"{url}: the URL or its options are wrong ({brief(error)})", path=url) from error
     if scheme in ("s3", "s3a"):
         system.retries = 1
@@ -213,5 +213,6 @@ def response(error: BaseException | None) -> tuple[int | None, str, str]:
 
 
 def brief(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    text = text or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
     return text if len(text) <= 200 else text[:200] + "…"

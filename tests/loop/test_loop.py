@@ -415,6 +415,8 @@ def test_an_error_in_the_loop_comes_out_as_it_is(tmp_path: Path) -> None:
         ({"keep": 0}, "LatestN"),
         ({"tiers": [ckpt.Disk("s3://bucket/a")]}, "Remote"),
         ({"tiers": [ckpt.Remote("/mnt/a")]}, "Disk"),
+        ({"tiers": [ckpt.Remote("s3://bucket//b")]}, "Remote.'s3://bucket//b'. .* an empty part"),
+        ({"tiers": [ckpt.Remote("s3://")]}, "Remote.'s3://'. names no bucket"),
         ({"tiers": [ckpt.Disk(), ckpt.Disk()]}, "two levels"),
         ({"tiers": [ckpt.Disk(), ckpt.Disk("/x", every="auto")]}, "auto"),
         ({"tiers": [ckpt.Disk(), ckpt.Remote("s3://a/b", options={"x": print})]}, "options of remote"),

@@ -13,7 +13,7 @@ import pytest
 import ckpt
 from ckpt.storage import objects
 from ckpt.storage.objects import PART, ObjectStore
-from ckpt_formats.errors import StoreError
+from ckpt_formats.errors import ConfigurationError, StoreError
 from ckpt_formats.remote import configure
 from ckpt_formats.runs import find_checkpoints
 from ckpt_formats.urls import is_url, normal
@@ -89,7 +89,22 @@ def test_an_endpoint_that_keeps_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "_SOON_LIMIT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         configure("s3://silent", options(silent.getsockname()[1]))
-        assert "does not answer as it should, also after 3 attempts" in _refused("s3://silent/run")
+        silent.settimeout(1)
+        assert "does not answer as it should, also after 3 attempts (no answer in time)" in _refused("s3://silent/run")
+        # and to clear up is tried once
+        for _ in range(4):
+            silent.accept()[0].close()
+        with pytest.raises(TimeoutError):
+            silent.accept()
+
+
+def test_an_option_that_the_library_of_a_store_does_not_know(moto_port: int) -> None:
+    for number, wrong in enumerate(
+        ({"nonsense": 1}, {"client_kwargs": {"nonsense": 1}}, {"config_kwargs": {"nonsense": 1}})
+    ):
+        configure(url := f"s3://box/options/{number}", options(moto_port) | wrong)
+        with pytest.raises(ConfigurationError, match=f"{url}: its options are not all known .*'nonsense'"):
+            ObjectStore(url).check()
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ import torch
 import ckpt
 from ckpt.levels.prune import prune
 from ckpt.levels.record import read_levels
-from ckpt.levels.tiers import levels_from_json, levels_to_json
+from ckpt.levels.tiers import Level, levels_from_json, levels_to_json
+from ckpt.loop.resume import resume
 from ckpt_formats.errors import SaveFailedError
 from ckpt_formats.facts import read_facts
 from ckpt_formats.runs import State, find_checkpoints
@@ -302,6 +303,26 @@ def test_nodes_with_disks_of_their_own_go_on_from_them_and_from_elsewhere_when_o
     assert results == [(6, f"{tmp_path}/far/step_00000006", 8)] * 4
     assert sorted(os.listdir(tmp_path / "b" / "run")) == ["step_00000007", "step_00000008"]
     assert {"step_00000007", "step_00000008"} <= set(os.listdir(tmp_path / "a" / "run"))
+
+
+def with_a_stale_node(rank: int, world_size: int, folder: str) -> tuple[object, float, list[str]]:
+    for name, step in (("first", 1), ("stale", 2), ("second", 2)):
+        ckpt.save({"w": torch.full((3,), float(step))}, f"{folder}/{name}", step=step)
+    # a node sees its own disk
+    own = f"{folder}/{rank}"
+    for name, step in (("first", 1), (("stale", "second")[rank], 2)):
+        shutil.copytree(f"{folder}/{name}", f"{own}/run/node{rank}/step_{step:08}")
+    os.chdir(own)
+    w = torch.zeros(3)
+    resumed = resume({"w": w}, [Level(name="disk", place="run/{node}", every=None, keep=None)], None)
+    return resumed, float(w[0]), sorted(os.listdir(f"run/node{rank}"))
+
+
+def test_a_node_whose_disk_has_another_checkpoint_of_a_step_costs_that_step_and_mixes_nothing(tmp_path: Path) -> None:
+    for resumed, loaded, left in run_ranks(with_a_stale_node, 2, str(tmp_path)):
+        assert resumed == (1, "run/{node}/step_00000001")
+        assert loaded == 1
+        assert left == ["damaged", "step_00000001"]
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -109,8 +109,9 @@ class Saver:
         """See ckpt.save."""
         # one at a time: threads that share the staging buffers could each wait for the others'
         with self._one_at_a_time, collector.paused():
-            attempt = Attempt(self, Collective(process_group), path, step)
-            with attempt.operation:
+            group = Collective(process_group)
+            attempt = Attempt(self, group, path, step)
+            with attempt.operation, group.needed():
                 return attempt.run(state, compress=compress)
 
     def remember(self, key: str, known: _Known) -> None:

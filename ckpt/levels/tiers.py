@@ -35,9 +35,9 @@ class Disk:
     """Where the checkpoints lie; by default in the run's own folder. With `{node}` in it, each node has a disk of its
     own, and on it its part of each checkpoint."""
     every: EveryLike | None = None
-    """How often; by default as often as the Checkpointer says, and on a further level, each checkpoint."""
+    """How often; on the first level by default as often as the Checkpointer says, on a further one each checkpoint."""
     keep: Policy | int | None = None
-    """Which checkpoints stay; by default as the Checkpointer says, and on a further level, all."""
+    """Which checkpoints stay; on the first level by default as the Checkpointer says, on a further one all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,8 @@ def settle(
 ) -> list[Level]:
     """The levels of a run, the one that saves are committed on first.
 
-    That is the first disk. A run with remote levels only gets one, in its own folder, that keeps the newest checkpoint.
+    That is the first disk. A run with remote levels only gets one, in its own folder, which saves as often as the first
+    of them and keeps the newest checkpoint, unless something else is said.
 
     Args:
         run: the run's folder, absolute.
@@ -101,16 +102,23 @@ def settle(
     disks = [tier for tier in tiers if isinstance(tier, Disk)]
     if disks:
         first = disks[0]
+    elif tiers:
+        first = Disk(every=tiers[0].every if frequency is None else None, keep=1 if keep is None else None)
     else:
-        first = Disk(every=tiers[0].every, keep=1) if tiers else Disk()
+        first = Disk()
     levels: list[Level] = []
     for tier in (first, *(tier for tier in tiers if tier is not first)):
         place = _place(run, tier)
         if isinstance(tier, Remote):
             require_bandwidth(tier.bandwidth, f"Remote({tier.url!r}): ")
         main = not levels
-        said = tier.every if tier.every is not None or not main else ("auto" if frequency is None else frequency)
-        stays = tier.keep if tier.keep is not None or not main else keep
+        said, stays = tier.every, tier.keep
+        if main:
+            _require_one("every", frequency, said)
+            _require_one("keep", keep, stays)
+            usual: EveryLike = "auto" if frequency is None else frequency
+            said = usual if said is None else said
+            stays = keep if stays is None else stays
         level = Level(
             name=_name(tier, levels),
             place=place,
@@ -150,6 +158,14 @@ def _place(run: str, tier: Disk | Remote) -> str:
             f"Remote({tier.url!r}) names no bucket, or has an empty part between slashes; write {scheme}://bucket/run"
         )
     return url
+
+
+def _require_one(name: str, given: object, own: object) -> None:
+    if given is not None and own is not None and given != own:
+        raise ConfigurationError(
+            f"{name}={given!r} of the Checkpointer contradicts {name}={own!r} of the first Disk, on which saves are "
+            "committed; say it once"
+        )
 
 
 def _name(tier: Disk | Remote, before: Sequence[Level]) -> str:

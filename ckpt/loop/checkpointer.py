@@ -66,7 +66,7 @@ class Checkpointer:
             what saves cost the training against the work that a failure would lose (after Young and Daly).
         keep: which checkpoints stay: the n newest for a number, or LatestN, EveryN, BestN or Any of them; all without.
         tiers: levels, when there are several: Disk and Remote. Saves are committed on the first disk, and flow to the
-            others in the background.
+            others in the background. `every` and `keep` are for that first disk, where it does not say them itself.
         mtbf: for "auto", the mean time between failures of the whole job; by default what is known of large clusters,
             and as the run goes on, what it has seen itself.
         preemption: says that this machine will be taken away: a function without arguments that returns whether it

@@ -251,10 +251,13 @@ def test_the_agent_of_a_job_before_leaves_the_levels_to_the_next(tmp_path: Path)
 
     def mend(loop: Any, step: int) -> None:
         if step == 5:
-            break_place(far)
+            # with what the old agent may have brought meanwhile
+            far.rename(tmp_path / "aside")
+            far.touch()
         if step == 8:
             until(lambda: not old.exists(), "the old agent to end")
             far.unlink()
+            (tmp_path / "aside").rename(far)
 
     far.unlink()
     train(tmp_path / "run", 8, mend, tiers=tiers)
@@ -377,3 +380,15 @@ def test_only_a_remote_gets_a_disk_that_holds_what_is_on_its_way() -> None:
         ("disk", "/runs/a", "every 500 steps", ckpt.LatestN(1)),
         ("remote", "s3://bucket/a", "every 500 steps", ckpt.LatestN(5)),
     ]
+
+
+def test_what_the_checkpointer_says_is_for_the_first_disk() -> None:
+    for tiers in (
+        [ckpt.Remote("s3://b/a", every=500, keep=5)],
+        [ckpt.Disk(), ckpt.Remote("s3://b/a", every=500, keep=5)],
+    ):
+        levels = ckpt.Checkpointer("/runs/a", {}, every=50, keep=3, tiers=tiers).levels
+        assert [(str(level.every), level.keep) for level in levels] == [
+            ("every 50 steps", ckpt.LatestN(3)),
+            ("every 500 steps", ckpt.LatestN(5)),
+        ]

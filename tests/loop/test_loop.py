@@ -418,6 +418,8 @@ def test_an_error_in_the_loop_comes_out_as_it_is(tmp_path: Path) -> None:
         ({"tiers": [ckpt.Remote("s3://bucket//b")]}, "Remote.'s3://bucket//b'. .* an empty part"),
         ({"tiers": [ckpt.Remote("s3://")]}, "Remote.'s3://'. names no bucket"),
         ({"tiers": [ckpt.Disk(), ckpt.Disk()]}, "two levels"),
+        ({"tiers": [ckpt.Remote("s3://a/b"), ckpt.Disk("/x", every=4)], "every": 1}, "every=1 .* contradicts every=4"),
+        ({"tiers": [ckpt.Disk(keep=2)], "keep": 3}, "keep=3 .* contradicts keep=2"),
         ({"tiers": [ckpt.Disk(), ckpt.Disk("/x", every="auto")]}, "auto"),
         ({"tiers": [ckpt.Disk(), ckpt.Remote("s3://a/b", options={"x": print})]}, "options of remote"),
         ({"tiers": [ckpt.Disk(), ckpt.Remote("s3://a/b", bandwidth=0)]}, "bandwidth=0"),

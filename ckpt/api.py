@@ -51,6 +51,7 @@ def save(
             weights in bf16 by about a third (benchmarks/compression.py). Worth it where links are slow.
 
     Raises:
+        ConfigurationError: `compress` is neither True nor False.
         CheckpointExistsError: a checkpoint was committed there before.
         StateError, UnsupportedValueError, ValuesDifferError, CoverageError: the state can't be saved; nothing was
             written.
@@ -67,7 +68,7 @@ def async_save(
     step: int | None = None,
     process_group: ProcessGroup | None = None,
     capture: CaptureMode = "lazy",
-    memory: int | None = None,
+    memory: float | None = None,
     compress: bool | Literal["auto"] = False,
     bandwidth: float | None = None,
 ) -> PendingSave:
@@ -93,8 +94,8 @@ def async_save(
     Returns a handle: `captured()`, `committed()`, `wait()`, `done()`, `result()`. A save that failed says so there,
     and at the next `async_save`.
 
-    Raises what `save` raises when the state can't be saved, and SaveFailedError or RankError when an agent can't be
-    started or reached.
+    Raises what `save` raises when the state can't be saved, ConfigurationError for an option that means nothing, and
+    SaveFailedError or RankError when an agent can't be started or reached.
     """
     if memory is not None:
         _async_saver.declare(memory)

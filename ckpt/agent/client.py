@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ckpt.agent.arena import MappedArena
 from ckpt.agent.homes import make_home
 from ckpt.agent.wire import SOCKET, Channel, Message, failure
 from ckpt.collective import Collective
 from ckpt.loading.node import NODE, boot
+from ckpt.storage.compressing import Compress
 from ckpt.storage.publish import Folder
 from ckpt_formats.errors import ConfigurationError, RankError, SaveFailedError
 
@@ -40,7 +41,6 @@ SILENCE = 30.0
 """Seconds without an answer after which the agent counts as gone."""
 
 
-Compress = bool | Literal["auto"]
 Launcher = Callable[[], str]
 """Starts an agent on this node, in whatever way, and returns its address."""
 

@@ -11,9 +11,9 @@ from itertools import islice
 from typing import Any
 
 from ckpt.agent.arena import PAGE
-from ckpt.agent.client import AgentClient, Compress, Slot
+from ckpt.agent.client import AgentClient, Slot
 from ckpt.saving.capture import Form, Laid, fill
-from ckpt.storage.compressing import Readable
+from ckpt.storage.compressing import Compress, Readable
 from ckpt_formats.native import names
 
 PIECES = 4

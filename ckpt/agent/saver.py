@@ -15,12 +15,12 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from ckpt import collector
-from ckpt.agent.client import AgentClient, Compress, Launcher, Slot, launch
+from ckpt.agent.client import AgentClient, Launcher, Slot, launch
 from ckpt.agent.fence import Fence
 from ckpt.agent.outcomes import Outcomes
 from ckpt.agent.parcel import Parcel
@@ -38,11 +38,11 @@ from ckpt.saving.expecting import expected_bytes
 from ckpt.saving.recurring import NEW, ORIGIN, Greeting, Recurring, place_digest, signature, values_digest
 from ckpt.saving.save import PLANS, Attempt, Saver
 from ckpt.saving.side_copies import Pinned
-from ckpt.storage.compressing import Readable
+from ckpt.storage.compressing import Compress, Readable, require_compress
 from ckpt.storage.publish import Folder, is_committed, prepare_folder
 from ckpt.storage.throttle import require_bandwidth
 from ckpt_formats.digest import DIGEST_SIZE
-from ckpt_formats.errors import CheckpointError
+from ckpt_formats.errors import CheckpointError, ConfigurationError
 
 LAST = 30.0
 """Seconds that rank 0 stays, at the end, to hear what became of the last saves."""
@@ -67,7 +67,7 @@ class AsyncSaver:
         *,
         launcher: Launcher = launch,
         follow: bool = True,
-        memory: int | None = None,
+        memory: float | None = None,
     ) -> None:
         """Args:
         launcher: starts an agent on this node and returns its address.
@@ -104,7 +104,7 @@ class AsyncSaver:
         self._slots.forget()
         self._begin()
 
-    def declare(self, memory: int | None) -> None:
+    def declare(self, memory: float | None) -> None:
         """Declare how many bytes this rank's captures may take, from the next one on. Raises ConfigurationError."""
         self._slots.declare(memory)
 
@@ -159,7 +159,9 @@ class AsyncSaver:
         bandwidth: float | None = None,
     ) -> PendingSave:
         """See ckpt.async_save."""
-        require_bandwidth(bandwidth)
+        bandwidth = require_bandwidth(bandwidth)
+        capture = require_capture(capture)
+        compress = require_compress(compress, auto=True)
         begin = time.perf_counter()
         group = Collective(process_group)
         client = self.start(group)
@@ -419,6 +421,13 @@ class AsyncSaver:
             parcel.send_in_pieces(begun.sources, memory, take)
         operation.end()
         pending.handed.set()
+
+
+def require_capture(capture: CaptureMode) -> CaptureMode:
+    """How to capture. Raises ConfigurationError for what is no way to."""
+    if capture not in get_args(CaptureMode):
+        raise ConfigurationError(f'capture={capture!r}: give "lazy" or "eager"')
+    return capture
 
 
 _savers: weakref.WeakSet[AsyncSaver] = weakref.WeakSet()

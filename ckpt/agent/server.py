@@ -134,6 +134,10 @@ class Agent:
                     answer = answers[message["op"]](message)
                 except (CheckpointError, OSError) as error:
                     answer = {"error": str(error), "kind": type(error).__name__}
+                except Exception as error:
+                    log.exception("a request failed: %s", message["op"])
+                    why = f"the agent could not do {message['op']!r}: {type(error).__name__}: {error}"
+                    answer = {"error": why, "kind": "SaveFailedError"}
                 channel.send(answer)
         except OSError as error:
             log.debug("a connection broke: %s", error)

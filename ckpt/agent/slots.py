@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
+from numbers import Real
 
 from ckpt.agent.arena import PAGE
 from ckpt.agent.client import AgentClient, Slot
@@ -24,10 +26,28 @@ SAID = 1.0
 log = logging.getLogger("ckpt")
 
 
+def require_memory(memory: object) -> int | None:
+    """Bytes that captures may take, in whole pages, from any kind of whole number, 64e6 too; None for what they need.
+
+    Raises:
+        ConfigurationError: it is no whole number, or too little.
+    """
+    if memory is None:
+        return None
+    number = float(memory) if isinstance(memory, Real) else math.nan
+    if not number.is_integer():
+        raise ConfigurationError(f"memory={memory!r} is no number of bytes; give a whole number, or None")
+    if number < LEAST:
+        raise ConfigurationError(
+            f"memory={memory} is too little for captures, whose pieces are a few pages long; give {LEAST} or more"
+        )
+    return int(number) // PAGE * PAGE
+
+
 class Slots:
     """One saver's. A slot is taken ahead by the thread that copies, and used by the one that saves."""
 
-    def __init__(self, memory: int | None = None) -> None:
+    def __init__(self, memory: float | None = None) -> None:
         """`memory`: see `declare`."""
         self.memory: int | None = None
         self.problem: CheckpointError | None = None
@@ -36,16 +56,12 @@ class Slots:
         """For the next save, so that it need not ask. Put here by one thread, and taken by another one."""
         self.declare(memory)
 
-    def declare(self, memory: int | None) -> None:
+    def declare(self, memory: float | None) -> None:
         """Declare how many bytes captures may take, from the next one on; None for three times what one takes.
 
         Raises ConfigurationError.
         """
-        if memory is not None and memory < LEAST:
-            raise ConfigurationError(
-                f"memory={memory} is too little for captures, whose pieces are a few pages long; give {LEAST} or more"
-            )
-        self.memory = None if memory is None else memory // PAGE * PAGE
+        self.memory = require_memory(memory)
 
     def reserve(self, client: AgentClient, nbytes: int) -> None:
         """Have the memory made before the first save, which will take about so much."""

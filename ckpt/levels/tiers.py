@@ -109,8 +109,9 @@ def settle(
     levels: list[Level] = []
     for tier in (first, *(tier for tier in tiers if tier is not first)):
         place = _place(run, tier)
+        bandwidth: float | None = None
         if isinstance(tier, Remote):
-            require_bandwidth(tier.bandwidth, f"Remote({tier.url!r}): ")
+            bandwidth = require_bandwidth(tier.bandwidth, f"Remote({tier.url!r}): ")
         main = not levels
         said, stays = tier.every, tier.keep
         if main:
@@ -125,7 +126,7 @@ def settle(
             every=None if said is None else every(said),
             keep=None if stays is None else _known(policy(stays)),
             options=dict(tier.options) if isinstance(tier, Remote) else {},
-            bandwidth=tier.bandwidth if isinstance(tier, Remote) else None,
+            bandwidth=bandwidth,
         )
         if not main and level.every is not None and level.every.auto:
             raise ConfigurationError(

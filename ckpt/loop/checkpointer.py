@@ -23,7 +23,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Literal, Self
 
-from ckpt.agent.saver import AsyncSaver, CaptureMode
+from ckpt.agent.saver import AsyncSaver, CaptureMode, require_capture
+from ckpt.agent.slots import require_memory
 from ckpt.collective import Collective, ProcessGroup
 from ckpt.levels.every import EveryLike, seconds
 from ckpt.levels.launching import launcher
@@ -107,7 +108,7 @@ class Checkpointer:
         signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR1),
         on_error: Literal["log", "raise"] = "log",
         capture: CaptureMode = "lazy",
-        memory: int | None = None,
+        memory: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         if is_url(os.fspath(run)):
@@ -126,8 +127,8 @@ class Checkpointer:
         self._state = state
         self._mtbf = None if mtbf is None else seconds(mtbf, "mtbf")
         self._raises = on_error == "raise"
-        self._capture: CaptureMode = capture
-        self._memory = memory
+        self._capture = require_capture(capture)
+        self._memory = require_memory(memory)
         self._process_group = process_group
         self._interruption = Interruption(signals, preemption)
         self._metrics: dict[str, float] = {}

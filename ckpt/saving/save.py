@@ -31,6 +31,7 @@ from ckpt.saving.values import merge_values
 from ckpt.state import LocalState, Piece, flatten
 from ckpt.state.references import encode_leaf
 from ckpt.state.torch_dtypes import dtype_of
+from ckpt.storage.compressing import require_compress
 from ckpt.storage.data_file import Chunk, Staging, layout_of, write_data_file
 from ckpt.storage.files import Files
 from ckpt.storage.publish import Folder, discard, prepare_folder, require_free
@@ -107,6 +108,7 @@ class Saver:
         compress: bool = False,
     ) -> SaveResult:
         """See ckpt.save."""
+        compress = bool(require_compress(compress, auto=False))
         # one at a time: threads that share the staging buffers could each wait for the others'
         with self._one_at_a_time, collector.paused():
             group = Collective(process_group)

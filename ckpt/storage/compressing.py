@@ -9,17 +9,31 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ckpt_formats.arrays import Buffer
 from ckpt_formats.codecs import encode_block, word_size
 from ckpt_formats.digest import BLOCK_SIZE, digest
 from ckpt_formats.dtypes import DType
+from ckpt_formats.errors import ConfigurationError
 
 SMALL = 16 << 10
 """Chunks of fewer bytes are stored as they are: there is little to gain, and each costs its own call."""
 COMPRESSORS = 4
 """Threads that compress, at most; one per CPU."""
+
+
+Compress = bool | Literal["auto"]
+
+
+def require_compress(compress: object, *, auto: bool) -> Compress:
+    """Whether to compress; with `auto`, that may be left to the link. Raises ConfigurationError for what is neither."""
+    if auto and isinstance(compress, str) and compress == "auto":
+        return "auto"
+    if isinstance(compress, str) or compress not in (True, False):
+        known = 'True, False or "auto"' if auto else "True or False"
+        raise ConfigurationError(f"compress={compress!r}: give {known}")
+    return bool(compress)
 
 
 class Readable(Protocol):

@@ -5,22 +5,27 @@ from __future__ import annotations
 import math
 import threading
 import time
+from numbers import Real
 
 from ckpt_formats.errors import ConfigurationError
 
 __all__ = ["Throttle", "require_bandwidth"]
 
 
-def require_bandwidth(bandwidth: float | None, where: str = "") -> None:
-    """Refuse what is no number of bytes per second; None is no limit. `where` begins the message.
+def require_bandwidth(bandwidth: object, where: str = "") -> float | None:
+    """A number of bytes per second, from any kind of number; None is no limit. `where` begins the message.
 
     Raises:
         ConfigurationError: it is 0 or less, infinite or not a number.
     """
-    if bandwidth is not None and not 0 < bandwidth < math.inf:
+    if bandwidth is None:
+        return None
+    number = float(bandwidth) if not isinstance(bandwidth, bool) and isinstance(bandwidth, Real) else 0.0
+    if not 0 < number < math.inf:
         raise ConfigurationError(
-            f"{where}bandwidth={bandwidth} is no number of bytes per second; give more than 0, or None"
+            f"{where}bandwidth={bandwidth!r} is no number of bytes per second; give more than 0, or None"
         )
+    return number
 
 
 class Throttle:

@@ -41,10 +41,9 @@ class Uploading:
 
     def __init__(self, url: str, bandwidth: float | None = None) -> None:
         """Sends at most `bandwidth` bytes per second, on average over some parts; for None, as many as it can."""
-        require_bandwidth(bandwidth)
+        self._throttle = Throttle(require_bandwidth(bandwidth))
         self._url = url
         self._store = ObjectStore(url)
-        self._throttle = Throttle(bandwidth)
         self._over = threading.Event()
         self._stack: ExitStack
         self._lock = threading.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -25,11 +26,13 @@ from ckpt.agent import homes
 from ckpt.agent.client import AgentClient
 from ckpt.agent.saver import AsyncSaver
 from ckpt.agent.server import Agent
+from ckpt.agent.wire import Channel
 from ckpt.saving import capture as capturing
 from ckpt.storage.files import File, Files
 from ckpt_formats.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
+    ConfigurationError,
     SaveFailedError,
     StateError,
     ValuesDifferError,
@@ -99,6 +102,33 @@ def test_what_was_saved_loads_bit_for_bit(tmp_path: Path) -> None:
         for name in one.tensors:
             assert bytes(one[name][...].untyped_storage()) == bytes(other[name][...].untyped_storage()), name
         assert one.manifest.values == other.manifest.values
+
+
+@pytest.mark.parametrize(
+    "options", [{"capture": "eagre"}, {"capture": None}, {"compress": "yes"}, {"compress": None}, {"compress": 2}]
+)
+def test_an_option_that_means_nothing_is_refused_by_its_name(options: dict[str, Any], tmp_path: Path) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigurationError, match=f"{name}={value!r}"):
+        ckpt.async_save({"w": torch.zeros(3)}, tmp_path / "a", **options)
+    if name == "compress":
+        for wrong in (value, "auto"):
+            with pytest.raises(ConfigurationError, match=f"compress={wrong!r}: give True or False"):
+                ckpt.save({"w": torch.zeros(3)}, tmp_path / "a", compress=wrong)
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_the_agent_can_not_do_it_says_and_goes_on(tmp_path: Path) -> None:
+    with agent_here(tmp_path, Files()) as saver:
+        assert saver.agent is not None
+        channel = Channel.connect(saver.agent.address, 30, "the agent")
+        try:
+            for message in ({"op": "slot", "rank": 0, "bytes": "many", "memory": None}, {"op": "nothing"}):
+                answer = channel.ask(message, 30)
+                assert re.search(r"the agent could not do '(slot|nothing)': (Value|Key)Error: ", answer["error"])
+        finally:
+            channel.close()
+        saver.save({"w": torch.zeros(3)}, tmp_path / "a").wait(60)
 
 
 def test_plain_values_are_those_of_their_step_however_fast_saves_follow(tmp_path: Path) -> None:

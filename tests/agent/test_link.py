@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,8 +64,10 @@ def test_the_agent_writes_no_faster_than_it_was_asked_to(tmp_path: Path) -> None
         begin = time.monotonic()
         saver.save(weights(0), tmp_path / "c").wait(60)
         assert time.monotonic() - begin < 1.9
-        with pytest.raises(ConfigurationError, match="bandwidth=0"):
-            saver.save(weights(0), tmp_path / "d", bandwidth=0)
+        saver.save(weights(0), tmp_path / "d", bandwidth=np.float32(1e12)).wait(60)
+        for wrong in (0, -1.0, "fast", float("nan"), True):
+            with pytest.raises(ConfigurationError, match=f"bandwidth={wrong!r}"):
+                saver.save(weights(0), tmp_path / "e", bandwidth=wrong)  # type: ignore[arg-type]
 
 
 def test_compression_comes_with_a_slow_link_and_goes_with_a_fast_one(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -12,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import ckpt
 from ckpt.agent import client, parcel
+from ckpt.agent.arena import PAGE
 from ckpt.agent.client import AgentClient
 from ckpt.agent.saver import AsyncSaver
 from ckpt.collective import Collective
@@ -35,7 +38,7 @@ def arena_sizes(home: Path) -> list[int]:
 
 
 @contextmanager
-def with_memory(folder: Path, files: Files, memory: int) -> Iterator[AsyncSaver]:
+def with_memory(folder: Path, files: Files, memory: float) -> Iterator[AsyncSaver]:
     with agent_here(folder, files) as saver:
         saver.declare(memory)
         yield saver
@@ -114,9 +117,20 @@ def test_states_of_different_sizes_take_turns_in_one_memory(tmp_path: Path) -> N
         assert arena_sizes(tmp_path / "home") == [4 * MIB]
 
 
-def test_too_little_memory_is_refused_at_once() -> None:
-    with pytest.raises(ConfigurationError, match="memory=1000 is too little"):
-        AsyncSaver(memory=1000)
+@pytest.mark.parametrize("memory", [4e6, np.int64(4_000_000), np.float32(4e6)])
+def test_memory_is_declared_by_any_kind_of_number(memory: float, tmp_path: Path) -> None:
+    with with_memory(tmp_path, Files(), memory) as saver:
+        saver.save({"w": torch.zeros(1000)}, tmp_path / "a").wait(60)
+        assert arena_sizes(tmp_path / "home") == [4_000_000 // PAGE * PAGE]
+
+
+@pytest.mark.parametrize(
+    ("memory", "why"),
+    [(1000, "is too little"), (4e6 + 0.5, "whole number"), (math.inf, "whole number"), ("64e6", "whole number")],
+)
+def test_what_is_no_memory_for_captures_is_refused_at_once(memory: Any, why: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"memory={memory!r} .*{why}"):
+        AsyncSaver(memory=memory)
 
 
 class FullLater(Files):

@@ -411,6 +411,8 @@ def test_an_error_in_the_loop_comes_out_as_it_is(tmp_path: Path) -> None:
         ({"every": "often"}, "every='often'"),
         ({"every": True}, "every=True"),
         ({"on_error": "hide"}, "on_error"),
+        ({"capture": "eagre"}, "capture='eagre'"),
+        ({"memory": "64e6"}, "memory='64e6'"),
         ({"mtbf": "-1h"}, "mtbf"),
         ({"keep": 0}, "LatestN"),
         ({"tiers": [ckpt.Disk("s3://bucket/a")]}, "Remote"),

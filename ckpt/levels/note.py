@@ -23,13 +23,14 @@ ENTRY = "checkpointer"
 class Note:
     """What was noted."""
 
-    levels: frozenset[str] | None = None
-    """The names of the levels that the checkpoint is to be on; None when that was not noted."""
+    levels: Mapping[str, bool] = field(default_factory=dict)
+    """Place of each further level -> whether the checkpoint is to be there. In notes of before places were noted, the
+    names of those where it is to be."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def tree(self) -> dict[str, Any]:
         """It as the entry's value."""
-        return {"levels": sorted(self.levels or ()), "metrics": dict(self.metrics)}
+        return {"levels": dict(self.levels), "metrics": dict(self.metrics)}
 
 
 def note_of(values: Mapping[str, Any]) -> Note:
@@ -37,8 +38,10 @@ def note_of(values: Mapping[str, Any]) -> Note:
     try:
         tree = decode(values[ENTRY], ENTRY, lenient=True)
         levels, metrics = tree["levels"], tree["metrics"]
+        if isinstance(levels, list):
+            levels = dict.fromkeys((name for name in levels if isinstance(name, str)), True)
         return Note(
-            frozenset(level for level in levels if isinstance(level, str)),
+            {place: due for place, due in levels.items() if isinstance(place, str) and isinstance(due, bool)},
             {name: value for name, value in metrics.items() if isinstance(name, str) and isinstance(value, float)},
         )
     except (CheckpointError, KeyError, TypeError, AttributeError):

@@ -49,8 +49,9 @@ def owed(
 
 def _is_due(level: Level, item: OnDisk) -> bool:
     """Whether a checkpoint is to be on a level: as was decided when it was saved, else by the level's rule."""
-    if item.note.levels is not None:
-        return level.name in item.note.levels
+    for known in (level.place, level.name):
+        if known in item.note.levels:
+            return item.note.levels[known]
     return level.every is None or level.every.due(item.step)
 
 

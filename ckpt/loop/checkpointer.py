@@ -316,7 +316,8 @@ class Checkpointer:
         """What goes into the checkpoint beside the state, the same on all ranks."""
         group = Collective(self._process_group)
         mine = json.dumps(self._metrics).encode() if group.rank == 0 else None
-        return Note(frozenset(levels), json.loads(group.broadcast(mine)))
+        due = {level.place: level.name in levels for level in self.levels[1:]}
+        return Note(due, json.loads(group.broadcast(mine)))
 
     def _failure(self) -> BaseException:
         if self._lead is not None and self._lead.first_failure is not None:

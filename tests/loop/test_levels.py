@@ -18,6 +18,7 @@ import ckpt
 from ckpt.levels.prune import prune
 from ckpt.levels.record import read_levels
 from ckpt.levels.tiers import Level, levels_from_json, levels_to_json
+from ckpt.loop import lead
 from ckpt.loop.resume import resume
 from ckpt_formats.errors import SaveFailedError
 from ckpt_formats.facts import read_facts
@@ -157,6 +158,35 @@ def test_damage_on_the_first_level_does_not_travel(tmp_path: Path, caplog: pytes
     train(tmp_path / "run", 4, damage, tiers=[ckpt.Disk(every=1), ckpt.Disk(far)])
     assert saved(far) == [1, 3, 4]
     assert "step 2 can't be had on disk2" in caplog.text
+
+
+def test_what_is_owed_to_a_level_gets_there_when_others_were_left_out_or_come_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, new = tmp_path / "one", tmp_path / "two", tmp_path / "new"
+    monkeypatch.setattr(lead, "PATIENCE_S", 1.0)
+
+    def broken(loop: Any, step: int) -> None:
+        if step == 1:
+            break_place(two)
+
+    train(tmp_path / "run", 5, broken, tiers=[ckpt.Disk(every=4), ckpt.Disk(one, every=4), ckpt.Disk(two, every=2)])
+    assert saved(one) == [4, 5]
+    two.unlink()
+    monkeypatch.undo()
+    # as the second now, by its place; to one that is new goes what its rule says
+    train(tmp_path / "run", 5, tiers=[ckpt.Disk(every=4), ckpt.Disk(two, every=4), ckpt.Disk(new, every=2)])
+    assert saved(two) == [2, 4, 5]
+    assert saved(new) == [2, 4]
+
+
+def test_a_note_from_before_places_were_noted_says_levels_by_their_names(tmp_path: Path) -> None:
+    run, far = tmp_path / "run", tmp_path / "far"
+    for step in (1, 2, 3):
+        note = {"levels": ["disk", "disk2"][:step], "metrics": {}}
+        ckpt.save({"w": torch.zeros(1000), "count": step, "checkpointer": note}, run / f"step_{step:08d}", step=step)
+    train(run, 3, tiers=[ckpt.Disk(), ckpt.Disk(far, every=10)])
+    assert saved(far) == [2, 3]
 
 
 def test_what_a_user_puts_into_the_run_is_not_taken_for_one_of_its_steps(

@@ -67,10 +67,10 @@ class Collective:
             # what torch says, a place in its own sources, stays behind as the cause
             why = RankError(
                 "another rank died, or did not answer within the process group's time limit, while ranks took part in "
-                "the same save or load; start the ranks anew, and go on from the last committed checkpoint"
+                "the same save, load or training loop; start the ranks anew, and go on from the last committed "
+                "checkpoint"
             )
-            self.give_up(why)
-            raise why from error
+            raise self.give_up(why) from error
 
     def gather(self, payload: bytes) -> list[bytes] | None:
         """Every rank's payload in rank order, on rank 0; None elsewhere."""
@@ -177,15 +177,25 @@ class Collective:
             self.exchange(b"", failure, lambda _: b"")
         return totals
 
-    def give_up(self, why: RankError) -> None:
+    def give_up(self, why: RankError) -> RankError:
         """Have every rank that waits for the others here fail too: a rank that is needed has died.
 
         A collective fails soon only on ranks that are connected with the dead one; the others would wait for those.
+        Returns what they hear: what was said first.
         """
         store = _store()
-        if store is not None:
-            with suppress(RuntimeError):
+        with suppress(RuntimeError):
+            first = self._heard()
+            if first is not None:
+                return first
+            if store is not None:
                 store.set(self._dead, json.dumps([why.rank, why.message]))
+        return why
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for what the caller has begun, no longer than all ranks live. Raises RankError."""
+        with self._together():
+            self._wait(work)
 
     @contextmanager
     def needed(self) -> Iterator[None]:
@@ -241,22 +251,30 @@ class Collective:
     def _wait(self, work: dist.Work | None) -> None:
         """Wait for what was begun, no longer than all ranks live."""
         pause, look = _POLL_S[0], time.monotonic() + _LOOK_S
-        store = _store()
         while work is not None and not work.is_completed():
             time.sleep(pause)
             pause = min(2 * pause, _POLL_S[1])
-            if store is not None and time.monotonic() > look:
+            if time.monotonic() > look:
                 look = time.monotonic() + _LOOK_S
-                if store.check([self._dead]):
-                    rank, why = json.loads(store.get(self._dead))
-                    raise RankError(why, rank=rank)
+                why = self._heard()
+                if why is not None:
+                    raise why
         if work is not None:
             work.wait()
 
+    def _heard(self) -> RankError | None:
+        """Why a rank has given up, if one has."""
+        store = _store()
+        if store is None or not store.check([self._dead]):
+            return None
+        rank, why = json.loads(store.get(self._dead))
+        return RankError(why, rank=rank)
+
     @property
     def _dead(self) -> str:
-        """Where the store says that a rank of this group died."""
-        return f"ckpt/dead/{dist.get_process_group_ranks(self._group)}"
+        """Where the store says that a rank of this group has given up; another group of the same ranks goes on."""
+        group = dist.group.WORLD if self._group is None else self._group
+        return f"ckpt/dead/{None if group is None else group.group_name}"
 
     def _collect(
         self, payload: bytes, failure: BaseException | None, decide: Callable[[list[bytes]], list[bytes]]

@@ -31,7 +31,7 @@ from ckpt.levels.launching import launcher
 from ckpt.levels.note import ENTRY, Note
 from ckpt.levels.policies import Policy
 from ckpt.levels.tiers import Disk, Level, Remote, settle
-from ckpt.loop.agreement import Agreement
+from ckpt.loop.agreement import Act, Agreement, require_alike
 from ckpt.loop.interruption import Interruption, Notice, reason
 from ckpt.loop.lead import Lead
 from ckpt.loop.resume import resume
@@ -81,7 +81,8 @@ class Checkpointer:
         process_group: the ranks that take part; the default group when there is one, else this process alone.
 
     Raises:
-        ConfigurationError: an option means nothing, or contradicts another.
+        ConfigurationError: an option means nothing, or contradicts another. On several ranks it is raised on all of
+            them, on entering, and so is an option that differs between ranks.
         StateError: `state` has an entry of the name that the Checkpointer's own has.
         SaveFailedError, CorruptionError, StateMismatchError, RankError and others of `ckpt.load`: on entering, when
             nothing can be saved in the run's folder, all that is there is damaged, or it does not fit `state`.
@@ -111,25 +112,19 @@ class Checkpointer:
         memory: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        if is_url(os.fspath(run)):
-            raise ConfigurationError(
-                f"{run!r} is a URL; name a local or mounted folder for the run, and the URL in tiers=[ckpt.Remote(…)]"
-            )
-        if on_error not in ("log", "raise"):
-            raise ConfigurationError(f'on_error={on_error!r}: give "log" or "raise"')
-        if ENTRY in state:
-            raise StateError(f"the entry {ENTRY!r} of the state is the Checkpointer's own; rename yours")
         self.path = os.path.abspath(os.fspath(run))
-        self.levels: list[Level] = settle(self.path, tiers, every, keep)
+        self.levels: list[Level] = []
         self.step = 0
         self.resumed: str | None = None
         self.stopped: str | None = None
         self._state = state
-        self._mtbf = None if mtbf is None else seconds(mtbf, "mtbf")
+        self._mtbf: float | None = None
         self._raises = on_error == "raise"
-        self._capture = require_capture(capture)
-        self._memory = require_memory(memory)
+        self._capture: CaptureMode = "lazy"
+        self._memory: int | None = None
+        self._given_group = process_group
         self._process_group = process_group
+        """Of our own, from when the block is entered."""
         self._interruption = Interruption(signals, preemption)
         self._metrics: dict[str, float] = {}
         self._asked = False
@@ -143,6 +138,26 @@ class Checkpointer:
         self._saver: AsyncSaver
         self._lead: Lead | None = None
         """On rank 0."""
+        self._refused: CheckpointError | None = None
+        try:
+            if is_url(os.fspath(run)):
+                raise ConfigurationError(
+                    f"{run!r} is a URL; name a local or mounted folder for the run, and the URL in "
+                    "tiers=[ckpt.Remote(…)]"
+                )
+            if on_error not in ("log", "raise"):
+                raise ConfigurationError(f'on_error={on_error!r}: give "log" or "raise"')
+            if ENTRY in state:
+                raise StateError(f"the entry {ENTRY!r} of the state is the Checkpointer's own; rename yours")
+            self.levels = settle(self.path, tiers, every, keep)
+            self._mtbf = None if mtbf is None else seconds(mtbf, "mtbf")
+            self._capture = require_capture(capture)
+            self._memory = require_memory(memory)
+        except CheckpointError as error:
+            if Collective(process_group).world_size == 1:
+                raise
+            # the others, who may have been given something else, wait for this rank where they enter, and hear of it
+            self._refused = error
 
     # its life
 
@@ -158,19 +173,11 @@ class Checkpointer:
             # who is told to stop while it starts leaves the block as who is told later does
             stack.callback(self._interruption.close)
             self._interruption.start()
-            self._agreement = Agreement(self._process_group)
-            self._process_group = self._agreement.group or self._process_group
+            self._agreement = Agreement(self._given_group)
+            stack.push(self._agreement.fail)
+            self._process_group = self._agreement.group or self._given_group
             group = Collective(self._process_group)
-            hosts = group.gather(socket.gethostname().encode())
-            failure: BaseException | None = None
-            try:
-                if hosts is not None:  # on rank 0
-                    self._lead = stack.enter_context(Lead(self.path, self.levels, len(set(hosts)), self._mtbf))
-            except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
-                failure = error
-            group.agree(failure)
-            for level in self.levels:
-                level.configure()
+            self._take_run(group, stack)
             resumed = resume(self._state, self.levels, self._process_group)
             if resumed is not None:
                 self.step, self.resumed = resumed
@@ -194,6 +201,37 @@ class Checkpointer:
             self._over = stack.pop_all()
         return self
 
+    def _take_run(self, group: Collective, stack: ExitStack) -> None:
+        """Rank 0 takes the run for all, who were given the same. Collective."""
+
+        def take(payloads: list[bytes]) -> bytes:
+            given = [json.loads(payload) for payload in payloads]
+            require_alike([options for _, options in given])
+            nodes = len({host for host, _ in given})
+            self._lead = stack.enter_context(Lead(self.path, self.levels, nodes, self._mtbf))
+            return b""
+
+        failure: BaseException | None = self._refused
+        try:
+            for level in self.levels:
+                level.configure()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it travels to the other ranks
+            failure = failure or error
+        group.exchange(json.dumps([socket.gethostname(), self._options()]).encode(), failure, take)
+
+    def _options(self) -> dict[str, str]:
+        """What has to be the same on all ranks, for people."""
+        options = {
+            "run": self.path,
+            "on_error": "raise" if self._raises else "log",
+            "tiers": ", ".join(f"{level.name} in {level.place}" for level in self.levels),
+        }
+        for level in self.levels:
+            options[f"every of {level.name}"] = "each checkpoint" if level.every is None else str(level.every)
+            options[f"keep of {level.name}"] = str(level.keep)
+            options[f"bandwidth of {level.name}"] = str(level.bandwidth)
+        return options
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -205,6 +243,8 @@ class Checkpointer:
         if os.getpid() != self._process:
             return  # a process that was forked off in the block leaves it, too: nothing of this is its own
         if kind is not None:
+            # at once: to finish what was captured takes a while
+            self._agreement.fail(kind, error, trace)
             self._over.__exit__(kind, error, trace)
             return
         with self._over:
@@ -212,7 +252,7 @@ class Checkpointer:
 
     def _finish(self) -> None:
         """Collective."""
-        self._agreement.read(self._flags())
+        self._agreement.meet(self._flags(), Act.LEAVES, self.step)
         self._saver.settle()
         failure: BaseException | None = None
         if self._lead is not None:
@@ -234,8 +274,14 @@ class Checkpointer:
         Raises:
             SaveFailedError: a save failed, with on_error="raise".
             StateError and the like: the state can't be saved.
-            RankError: another rank died.
+            RankError: another rank died, failed, or does something else: it has left the loop, or only some ranks
+                have called `save`.
+            ConfigurationError: ranks were given different totals.
         """
+        self._agreement.meet(self._flags(), Act.BEGINS, total)
+        return self._steps(total)
+
+    def _steps(self, total: int) -> Iterator[int]:
         for step in range(self.step + 1, total + 1):
             if self.stopped is not None:
                 return  # a loop before this one ended early
@@ -271,29 +317,35 @@ class Checkpointer:
             last = True
         if failed and self._raises:
             raise self._failure()
-        everywhere = last or self._asked
         levels = [
             level
             for level, flag in zip(self.levels, due, strict=True)
-            if everywhere or flag or (level.every is not None and level.every.due(step))
+            if last or flag or (level.every is not None and level.every.due(step))
         ]
+        asked = self._asked and not levels
+        if self._asked:
+            levels = self.levels
+        # what this step's save is for, is not due any more
+        self._agreement.announce(self._flags(saved=levels), Act.SAVES if asked else Act.COMPLETES, step)
+        if asked:
+            # the others know of this save only if they have asked for it, too
+            self._agreement.read([])
         if levels and self._saved != step:
             # where every checkpoint goes
             names_of = [level.name for level in self.levels if level in levels or level.every is None]
             self._save(step, names_of)
         self._asked = False
         self._metrics.clear()
-        if not last:
-            self._agreement.announce(self._flags())
 
-    def _flags(self) -> list[int]:
+    def _flags(self, saved: Sequence[Level] = ()) -> list[int]:
         """What this rank would have all ranks know: that it was told to stop, that a save failed, which levels are due
-        by the clock.
+        by the clock once these are saved.
         """
         if self._lead is None:
             return [self._interruption.told, 0, *(0 for _ in self.levels)]
-        due = self._lead.due(time.monotonic())
-        return [self._interruption.told, int(self._lead.first_failure is not None), *map(int, due)]
+        due = zip(self.levels, self._lead.due(time.monotonic()), strict=True)
+        failed = self._lead.first_failure is not None
+        return [self._interruption.told, int(failed), *(int(flag and level not in saved) for level, flag in due)]
 
     def _save(self, step: int, levels: Sequence[str]) -> None:
         path = os.path.join(self.levels[0].place, names.step_folder(step))
@@ -315,9 +367,10 @@ class Checkpointer:
     def _note(self, levels: Sequence[str]) -> Note:
         """What goes into the checkpoint beside the state, the same on all ranks."""
         group = Collective(self._process_group)
-        mine = json.dumps(self._metrics).encode() if group.rank == 0 else None
         due = {level.place: level.name in levels for level in self.levels[1:]}
-        return Note(due, json.loads(group.broadcast(mine)))
+        mine = json.dumps([due, self._metrics]).encode() if group.rank == 0 else None
+        due, metrics = json.loads(group.broadcast(mine))
+        return Note(due, metrics)
 
     def _failure(self) -> BaseException:
         if self._lead is not None and self._lead.first_failure is not None:

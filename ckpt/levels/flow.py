@@ -24,7 +24,7 @@ from ckpt.levels.note import note_of
 from ckpt.levels.owed import OnDisk, owed
 from ckpt.levels.places import Place
 from ckpt.levels.policies import Any, Saved
-from ckpt.levels.prune import prune
+from ckpt.levels.prune import facts_of, prune
 from ckpt.levels.report import PruneReport
 from ckpt.levels.tiers import Level
 from ckpt.storage.facts import update_facts
@@ -197,7 +197,7 @@ class Flow(Aftermath):
                 # the newest first: it is worth the most
                 self._send(place, left[0], state)
             if state.changed and place.level.keep is not None and place.present:
-                self._pruned(place.level, place.prune())
+                self._pruned(place.level, place.prune(self._protected()))
                 state.changed = False
         except (CheckpointError, OSError) as error:
             if self._taken_over():
@@ -249,7 +249,7 @@ class Flow(Aftermath):
         # a node that could not get a manifest has its part of that checkpoint all the same
         begun = self._first.keep if self._node_local else None
         keep = Any(self._first.keep, _AllBut(removable))
-        report = prune(self._folder, keep, begun=begun, of_loop=True, owed={})
+        report = prune(self._folder, keep, begun=begun, of_loop=True, needed={})
         self._pruned(self._first, report)
         if report.removed:
             with self._condition:
@@ -317,6 +317,11 @@ class Flow(Aftermath):
     def _owed(self, place: Place) -> list[OnDisk]:
         """What is due on a level and is not there, and would not be pruned there at once; the newest first."""
         return owed(place.level, self._on_disk(), place.present or set(), place.brought | place.refused)
+
+    def _protected(self) -> dict[int, str]:
+        """What is pinned or tagged on the first level, often only after it was brought: it stays on the others, too."""
+        found = ((item.step, facts_of(item.path)[1]) for item in self._on_disk())
+        return {step: f"{why} on {self._first.name}" for step, why in found if why is not None}
 
     def _record(self, item: OnDisk) -> None:
         """Put the metrics of a checkpoint beside it, once: what a user records later stands."""

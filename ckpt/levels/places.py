@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 
 from ckpt.levels.owed import steps_in
 from ckpt.levels.prune import prune
@@ -54,10 +55,13 @@ class Place:
         if self.present is not None:
             self.present.add(step)
 
-    def prune(self) -> PruneReport | None:
-        """Remove what need not be kept there, if that is up to this node. Raises CheckpointError, OSError."""
+    def prune(self, needed: Mapping[int, str]) -> PruneReport | None:
+        """Remove what need not be kept there, if that is up to this node, but for steps that are needed, and why.
+
+        Raises CheckpointError, OSError.
+        """
         if self.level.keep is None or self._part:
             return None
-        report = prune(self.level.place, self.level.keep, of_loop=True, owed={})
+        report = prune(self.level.place, self.level.keep, of_loop=True, needed=needed)
         self.look()
         return report

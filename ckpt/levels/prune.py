@@ -31,7 +31,7 @@ from ckpt_formats.remote import Entry
 from ckpt_formats.runs import Found, State, find_checkpoints
 from ckpt_formats.urls import is_url, normal
 
-__all__ = ["GRACE_S", "prune"]
+__all__ = ["GRACE_S", "facts_of", "prune"]
 
 GRACE_S = 3600.0
 """Seconds for which nothing must have changed in what is taken for debris: a save or copy may be under way."""
@@ -49,7 +49,7 @@ def prune(
     files: Files | None = None,
     begun: Policy | int | None = None,
     of_loop: bool = False,
-    owed: Mapping[int, str] | None = None,
+    needed: Mapping[int, str] | None = None,
 ) -> PruneReport:
     """Remove the checkpoints of a run that a policy does not keep, and debris.
 
@@ -66,7 +66,7 @@ def prune(
         begun: where the folder has one node's part of each checkpoint, which of those without manifest to keep: this
             node may be the only one that could not get it. By default as `keep`, if that is seen to be so.
         of_loop: look only at checkpoints that are called after their step, as a Checkpointer calls its own.
-        owed: steps that stay though `keep` does not keep them, and why; by default, where the folder is that of a run
+        needed: steps that stay though `keep` does not keep them, and why; by default, where the folder is that of a run
             with further levels, those that are due on one and not there yet.
 
     Raises:
@@ -84,16 +84,16 @@ def prune(
     if NODE in folder:
         begun = _ALL if keep is None else keep
         one = partial(prune, keep=keep, dry_run=dry_run, grace=grace, files=files, begun=begun, of_loop=of_loop)
-        return together(folder, [one(each, owed=owed) for each in folders_of(folder)])
+        return together(folder, [one(each, needed=needed) for each in folders_of(folder)])
     if of_loop:
         found = [item for item in found if item.of_loop]
-    if owed is None:
-        owed = {} if keep is None or is_url(folder) else owed_elsewhere(folder, found)
+    if needed is None:
+        needed = {} if keep is None or is_url(folder) else owed_elsewhere(folder, found)
     if is_url(folder):
-        return _StorePrune(folder, found, dry_run, grace).run(keep, owed)
+        return _StorePrune(folder, found, dry_run, grace).run(keep, needed)
     if begun is None and any(item.elsewhere for item in found):
         begun = _ALL if keep is None else keep
-    return _FolderPrune(folder, found, dry_run, grace, files or Files(), begun).run(keep, owed)
+    return _FolderPrune(folder, found, dry_run, grace, files or Files(), begun).run(keep, needed)
 
 
 class _Prune:
@@ -133,7 +133,7 @@ class _Prune:
         """Remove the folders of saves or copies that never ended, or of checkpoints that were being removed."""
         raise NotImplementedError
 
-    def run(self, keep: Policy | int | None, owed: Mapping[int, str]) -> PruneReport:
+    def run(self, keep: Policy | int | None, needed: Mapping[int, str]) -> PruneReport:
         whole: list[tuple[Found, int]] = []
         for item in self._found:
             # on node-local disks, each node prunes its own, which is as whole as it can be
@@ -142,7 +142,7 @@ class _Prune:
             elif item.state is not State.NOT_COMMITTED:
                 why = "has no step" if item.state is State.WHOLE else item.state.value
                 self._kept.append(Kept(item.path, item.step, why))
-        self._by_policy(whole, keep, owed)
+        self._by_policy(whole, keep, needed)
         self._keep_begun([step for _, step in whole])
         stays = {item.path for item in self._kept}
         for item, _ in whole:
@@ -163,13 +163,13 @@ class _Prune:
     # checkpoints
 
     def _by_policy(
-        self, whole: Sequence[tuple[Found, int]], keep: Policy | int | None, owed: Mapping[int, str]
+        self, whole: Sequence[tuple[Found, int]], keep: Policy | int | None, needed: Mapping[int, str]
     ) -> None:
         linked = self._linked()
         reasons: dict[str, str] = {}
         saved: list[Saved] = []
         for item, step in whole:
-            facts, why = _facts(item.path)
+            facts, why = facts_of(item.path)
             if os.path.realpath(item.path) in linked:
                 why = f"linked as {linked[os.path.realpath(item.path)]}"
             if why is not None:
@@ -186,8 +186,8 @@ class _Prune:
                 self._kept.append(Kept(item.path, step, "newest"))
             elif step in stay:
                 self._kept.append(Kept(item.path, step, "by the rule" if keep is not None else "no rule"))
-            elif step in owed:
-                self._kept.append(Kept(item.path, step, owed[step]))
+            elif step in needed:
+                self._kept.append(Kept(item.path, step, needed[step]))
             else:
                 self._remove(item, step)
 
@@ -196,7 +196,7 @@ class _Prune:
         path = item.path
         try:
             with alone(path) as free:
-                why = _facts(path)[1] if free else "in use"
+                why = facts_of(path)[1] if free else "in use"
                 if why is not None:
                     self._kept.append(Kept(path, step, why))
                     return
@@ -428,7 +428,7 @@ class _StorePrune(_Prune):
         return True
 
 
-def _facts(path: str) -> tuple[Facts, str | None]:
+def facts_of(path: str) -> tuple[Facts, str | None]:
     """The facts of a checkpoint, and why it must not go, if there is a reason."""
     try:
         facts = read_facts(path)

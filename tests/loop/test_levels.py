@@ -20,6 +20,7 @@ from ckpt.levels.record import read_levels
 from ckpt.levels.tiers import Level, levels_from_json, levels_to_json
 from ckpt.loop import lead
 from ckpt.loop.resume import resume
+from ckpt.storage.facts import update_facts
 from ckpt_formats.errors import SaveFailedError
 from ckpt_formats.facts import read_facts
 from ckpt_formats.runs import State, find_checkpoints
@@ -187,6 +188,20 @@ def test_a_note_from_before_places_were_noted_says_levels_by_their_names(tmp_pat
         ckpt.save({"w": torch.zeros(1000), "count": step, "checkpointer": note}, run / f"step_{step:08d}", step=step)
     train(run, 3, tiers=[ckpt.Disk(), ckpt.Disk(far, every=10)])
     assert saved(far) == [2, 3]
+
+
+def test_what_is_pinned_or_tagged_on_the_first_level_stays_on_the_others(tmp_path: Path) -> None:
+    run, far = tmp_path / "run", tmp_path / "far"
+    tiers = [ckpt.Disk(every=1), ckpt.Disk(far, keep=2)]
+    train(run, 3, tiers=tiers)
+    # after it was brought
+    update_facts(run / "step_00000002", lambda facts: facts.changed(pinned=True))
+    update_facts(run / "step_00000003", lambda facts: facts.changed(tags=["good"]))
+    train(run, 6, tiers=tiers)
+    assert saved(far) == [2, 3, 5, 6]
+    update_facts(run / "step_00000002", lambda facts: facts.changed(pinned=False))
+    train(run, 7, tiers=tiers)
+    assert saved(far) == [3, 6, 7]
 
 
 def test_what_a_user_puts_into_the_run_is_not_taken_for_one_of_its_steps(

@@ -35,6 +35,8 @@ from ckpt.loop.agreement import Act, Agreement, require_alike
 from ckpt.loop.interruption import Interruption, Notice, reason
 from ckpt.loop.lead import Lead
 from ckpt.loop.resume import resume
+from ckpt.storage.compressing import Compress, require_compress
+from ckpt.storage.throttle import require_bandwidth
 from ckpt_formats.errors import (
     CheckpointError,
     ConfigurationError,
@@ -78,6 +80,9 @@ class Checkpointer:
         capture: as for `ckpt.async_save`.
         memory: bytes of shared memory that the captures of a rank may take; by default three times what it writes, or
             once if there is no more. It is made on entering, so that the first save is as fast as the others.
+        compress: whether checkpoints are compressed, without loss, for all levels: True, False, or "auto", which does
+            for as long as the first disk is so slow that it pays.
+        bandwidth: bytes per second at which each node may write to the first disk; by default as fast as it can.
         process_group: the ranks that take part; the default group when there is one, else this process alone.
 
     Raises:
@@ -110,6 +115,8 @@ class Checkpointer:
         on_error: Literal["log", "raise"] = "log",
         capture: CaptureMode = "lazy",
         memory: float | None = None,
+        compress: Compress = False,
+        bandwidth: float | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         self.path = os.path.abspath(os.fspath(run))
@@ -122,6 +129,8 @@ class Checkpointer:
         self._raises = on_error == "raise"
         self._capture: CaptureMode = "lazy"
         self._memory: int | None = None
+        self._compress: Compress = False
+        self._bandwidth: float | None = None
         self._given_group = process_group
         self._process_group = process_group
         """Of our own, from when the block is entered."""
@@ -153,6 +162,8 @@ class Checkpointer:
             self._mtbf = None if mtbf is None else seconds(mtbf, "mtbf")
             self._capture = require_capture(capture)
             self._memory = require_memory(memory)
+            self._compress = require_compress(compress, auto=True)
+            self._bandwidth = require_bandwidth(bandwidth)
         except CheckpointError as error:
             if Collective(process_group).world_size == 1:
                 raise
@@ -352,7 +363,15 @@ class Checkpointer:
         self._saved = step
         try:
             state = {**self._state, ENTRY: self._note(levels).tree()}
-            pending = self._saver.save(state, path, step=step, process_group=self._process_group, capture=self._capture)
+            pending = self._saver.save(
+                state,
+                path,
+                step=step,
+                process_group=self._process_group,
+                capture=self._capture,
+                compress=self._compress,
+                bandwidth=self._bandwidth,
+            )
         except _UNSAVEABLE:
             raise
         except (CheckpointError, OSError) as error:

@@ -126,6 +126,23 @@ def test_a_rule_by_a_metric_that_nobody_logs_is_told_once(tmp_path: Path, caplog
     assert caplog.text.count("no checkpoint has the metric 'val_los' (those that are: 'val_loss')") == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"compress": True, "bandwidth": 1e6}])
+def test_a_loop_compresses_its_checkpoints_and_keeps_to_a_bandwidth_if_asked_to(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    weights = torch.randn(1 << 18)
+    begin = time.monotonic()
+    with ckpt.Checkpointer(tmp_path, {"weights": weights}, every=1, **options) as loop:
+        assert list(loop.steps(1)) == [1]
+    (file,) = (tmp_path / "step_00000001" / "data").iterdir()
+    assert (file.stat().st_size < 0.95 * weights.nbytes) == bool(options)
+    if options:
+        assert time.monotonic() - begin > 0.8 * file.stat().st_size / 1e6
+    other = {"weights": torch.zeros_like(weights)}
+    ckpt.load(other, tmp_path / "step_00000001")
+    assert torch.equal(other["weights"], weights)
+
+
 def test_a_save_that_is_asked_for_is_made_at_the_end_of_the_step(tmp_path: Path) -> None:
     train(tmp_path, 9, lambda loop, step: loop.save() if step == 3 else None, every=100)
     assert saved(tmp_path) == [3, 9]
@@ -414,6 +431,8 @@ def test_an_error_in_the_loop_comes_out_as_it_is(tmp_path: Path) -> None:
         ({"capture": "eagre"}, "capture='eagre'"),
         ({"memory": "64e6"}, "memory='64e6'"),
         ({"mtbf": "-1h"}, "mtbf"),
+        ({"compress": "always"}, "compress='always'"),
+        ({"bandwidth": 0}, "bandwidth=0"),
         ({"keep": 0}, "LatestN"),
         ({"tiers": [ckpt.Disk("s3://bucket/a")]}, "Remote"),
         ({"tiers": [ckpt.Remote("/mnt/a")]}, "Disk"),

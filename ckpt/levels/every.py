@@ -5,6 +5,7 @@ What is due by its step is known to every rank alike; what is due by the clock, 
 
 from __future__ import annotations
 
+import operator
 import re
 from dataclasses import dataclass
 from datetime import timedelta
@@ -48,13 +49,15 @@ class Every:
 
 def every(value: EveryLike) -> Every:
     """What a user said, understood. Raises ConfigurationError."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return Every(steps=value)
-    if value == "auto":
-        return Every()
     if isinstance(value, (str, timedelta)):
-        return Every(seconds=seconds(value, "every"))
-    raise _wrong("every", value)
+        return Every() if value == "auto" else Every(seconds=seconds(value, "every"))
+    try:
+        steps = operator.index(value)
+    except TypeError:
+        steps = 0
+    if isinstance(value, bool) or steps < 1:
+        raise _wrong("every", value)
+    return Every(steps=steps)
 
 
 def seconds(value: float | str | timedelta, name: str) -> float:

@@ -8,10 +8,11 @@ They know no files. Whatever they say, `prune` never removes the newest step, pi
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, SupportsIndex
 
 from ckpt_formats.errors import ConfigurationError
 
@@ -44,7 +45,7 @@ class LatestN:
     n: int
 
     def __post_init__(self) -> None:
-        _require_positive("LatestN", self.n)
+        object.__setattr__(self, "n", _positive("LatestN", self.n))
 
     def keeps(self, saved: Sequence[Saved]) -> AbstractSet[int]:
         return set(sorted({item.step for item in saved})[-self.n :])
@@ -57,7 +58,7 @@ class EveryN:
     steps: int
 
     def __post_init__(self) -> None:
-        _require_positive("EveryN", self.steps)
+        object.__setattr__(self, "steps", _positive("EveryN", self.steps))
 
     def keeps(self, saved: Sequence[Saved]) -> AbstractSet[int]:
         return {item.step for item in saved if item.step % self.steps == 0}
@@ -76,7 +77,7 @@ class BestN:
     """Whether the least values are the best, or the greatest."""
 
     def __post_init__(self) -> None:
-        _require_positive("BestN", self.n)
+        object.__setattr__(self, "n", _positive("BestN", self.n))
         if self.mode not in ("min", "max"):
             raise ConfigurationError(f'BestN(mode={self.mode!r}): give "min" or "max"')
 
@@ -104,7 +105,7 @@ class Any:
 
 def policy(keep: Policy | int) -> Policy:
     """A policy itself, or for a number n the policy that keeps the n newest: the sugar of `keep=3`."""
-    return LatestN(keep) if isinstance(keep, int) else keep
+    return LatestN(keep) if isinstance(keep, SupportsIndex) else keep
 
 
 def kept(keep: Policy | int, saved: Sequence[Saved]) -> set[int]:
@@ -125,6 +126,12 @@ def metrics_of(keep: Policy | int) -> set[str]:
     return set()
 
 
-def _require_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _positive(name: str, value: object) -> int:
+    """A plain integer, of any kind of integer."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
         raise ConfigurationError(f"{name}({value!r}): give a positive integer")
+    return number

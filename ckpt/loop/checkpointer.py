@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import operator
 import os
 import signal
 import socket
@@ -141,7 +142,7 @@ class Checkpointer:
         """The step of the newest save that was begun."""
         self._over = ExitStack()
         self._process = 0
-        """The one that entered."""
+        """The one that is in the block; 0 outside of it."""
         # made on entering
         self._agreement: Agreement
         self._saver: AsyncSaver
@@ -180,6 +181,12 @@ class Checkpointer:
                 there is no memory for captures.
             What `ckpt.load` raises; CorruptionError if all checkpoints of the run are damaged.
         """
+        if self._process == os.getpid():
+            raise SaveFailedError(
+                f"{self.path}: this Checkpointer's `with` block is entered a second time, inside of itself; make one "
+                "for each run",
+                path=self.path,
+            )
         with ExitStack() as stack:
             # who is told to stop while it starts leaves the block as who is told later does
             stack.callback(self._interruption.close)
@@ -253,6 +260,7 @@ class Checkpointer:
         """
         if os.getpid() != self._process:
             return  # a process that was forked off in the block leaves it, too: nothing of this is its own
+        self._process = 0
         if kind is not None:
             # at once: to finish what was captured takes a while
             self._agreement.fail(kind, error, trace)
@@ -283,12 +291,17 @@ class Checkpointer:
         early when any rank was told to stop: then `stopped` says why, and the last step that was yielded is saved.
 
         Raises:
-            SaveFailedError: a save failed, with on_error="raise".
+            SaveFailedError: a save failed, with on_error="raise"; or this is used outside of the `with` block.
             StateError and the like: the state can't be saved.
             RankError: another rank died, failed, or does something else: it has left the loop, or only some ranks
                 have called `save`.
-            ConfigurationError: ranks were given different totals.
+            ConfigurationError: `total` is no integer, or differs between ranks.
         """
+        self._require_inside()
+        try:
+            total = operator.index(total)
+        except TypeError:
+            raise ConfigurationError(f"steps({total!r}): give the number of the last step") from None
         self._agreement.meet(self._flags(), Act.BEGINS, total)
         return self._steps(total)
 
@@ -296,9 +309,19 @@ class Checkpointer:
         for step in range(self.step + 1, total + 1):
             if self.stopped is not None:
                 return  # a loop before this one ended early
+            self._require_inside()
             yield step
+            self._require_inside()
             self.step = step
             self._after(step, last=step == total)
+
+    def _require_inside(self) -> None:
+        if self._process != os.getpid():
+            raise SaveFailedError(
+                f"{self.path}: steps() is used outside of the `with` block, where nothing is saved; write `with "
+                "ckpt.Checkpointer(…) as run:`, and the loop inside of it",
+                path=self.path,
+            )
 
     def save(self) -> None:
         """Save at the end of this step, whatever is due. Every rank calls it."""

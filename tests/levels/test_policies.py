@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +60,17 @@ def test_any_of_several() -> None:
     assert Any(2, EveryN(3)) == Any(LatestN(2), EveryN(3))
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_integers_of_any_kind_make_a_policy(kind: Callable[[int], int]) -> None:
+    rule = Any(kind(2), EveryN(kind(3)), BestN(kind(1), "loss"))
+    assert rule == Any(LatestN(2), EveryN(3), BestN(1, "loss"))
+    latest, every, best = rule.policies
+    assert isinstance(latest, LatestN)
+    assert isinstance(every, EveryN)
+    assert isinstance(best, BestN)
+    assert {type(latest.n), type(every.steps), type(best.n)} == {int}
+
+
 def test_a_number_is_the_newest_n() -> None:
     assert policy(3) == LatestN(3)
     assert policy(EveryN(5)) == EveryN(5)
@@ -100,6 +113,8 @@ def test_any_keeps_exactly_what_one_of_them_keeps(policies: list[Policy], saved:
         lambda: BestN(1, "loss", "best"),  # type: ignore[arg-type]
         Any,
         lambda: policy(0),
+        lambda: policy(True),
+        lambda: policy(torch.tensor(1.5)),  # type: ignore[arg-type]
     ],
 )
 def test_a_policy_that_means_nothing_is_refused(wrong: Callable[[], object]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -146,6 +147,48 @@ def test_a_loop_compresses_its_checkpoints_and_keeps_to_a_bandwidth_if_asked_to(
 def test_a_save_that_is_asked_for_is_made_at_the_end_of_the_step(tmp_path: Path) -> None:
     train(tmp_path, 9, lambda loop, step: loop.save() if step == 3 else None, every=100)
     assert saved(tmp_path) == [3, 9]
+
+
+def test_integers_of_any_kind_say_when_to_save_what_to_keep_and_where_to_end(tmp_path: Path) -> None:
+    train(tmp_path, np.int64(5), every=np.int64(1), keep=np.int64(2))  # type: ignore[arg-type]
+    assert saved(tmp_path) == [4, 5]
+    assert (
+        ckpt.Checkpointer(tmp_path, {}, every=np.int64(1)).levels[0].every
+        == ckpt.Checkpointer(tmp_path, {}, every=1).levels[0].every
+    )
+
+
+def test_steps_outside_of_the_block_are_an_error_before_anything_is_trained(tmp_path: Path) -> None:
+    run = ckpt.Checkpointer(tmp_path, {"x": torch.zeros(3)}, every=1)
+    with pytest.raises(SaveFailedError, match=r"steps\(\) is used outside of the `with` block"):
+        run.steps(3)
+    with run:
+        left, begun = run.steps(3), run.steps(3)
+        assert next(begun) == 1
+        with pytest.raises(ConfigurationError, match=r"steps\(3.0\): give the number"):
+            run.steps(3.0)  # type: ignore[arg-type]
+        with pytest.raises(SaveFailedError, match="a second time, inside of itself"):
+            run.__enter__()
+    for steps in (lambda: run.steps(3), lambda: next(left), lambda: next(begun)):
+        with pytest.raises(SaveFailedError, match="outside of the `with` block"):
+            steps()
+    assert saved(tmp_path) == []
+    with run:
+        assert list(run.steps(2)) == [1, 2]
+    assert saved(tmp_path) == [1, 2]
+
+
+def test_steps_before_batches_in_a_zip_use_each_batch_once(tmp_path: Path) -> None:
+    seen: list[int] = []
+    for stop in (3, 9):
+        sampler = ckpt.Sampler(20, batch_size=2)
+        with ckpt.Checkpointer(tmp_path, {"sampler": sampler}, every=1) as run:
+            for step, batch in zip(run.steps(10), sampler.consume(sampler), strict=False):
+                seen += batch
+                if step == stop:
+                    run.stop()
+    assert seen == [index for batch in ckpt.Sampler(20, batch_size=2) for index in batch][: len(seen)]
+    assert len(seen) == 18
 
 
 def test_the_loop_can_be_asked_to_stop_and_goes_on_later(tmp_path: Path) -> None:
@@ -427,6 +470,8 @@ def test_an_error_in_the_loop_comes_out_as_it_is(tmp_path: Path) -> None:
         ({"every": 0}, "positive number of steps"),
         ({"every": "often"}, "every='often'"),
         ({"every": True}, "every=True"),
+        ({"every": 2.0}, "every=2.0"),
+        ({"keep": True}, "LatestN"),
         ({"on_error": "hide"}, "on_error"),
         ({"capture": "eagre"}, "capture='eagre'"),
         ({"memory": "64e6"}, "memory='64e6'"),
@@ -538,6 +583,19 @@ def test_a_run_goes_on_at_other_world_sizes_after_all_ranks_were_killed(tmp_path
     assert results[0][0] in (4, 6)
     assert run_ranks(trained, 3, str(tmp_path), 13, 0) == [(12, True)] * 3
     assert saved(tmp_path)[-2:] == [12, 13]
+
+
+def twice(rank: int, world_size: int, folder: str) -> list[int]:
+    made = []
+    run = ckpt.Checkpointer(folder, {"x": torch.zeros(3)}, every=2)
+    for total in (3, 5):
+        with run:
+            made += list(run.steps(total))
+    return made
+
+
+def test_a_checkpointer_is_entered_anew_and_goes_on(tmp_path: Path) -> None:
+    assert run_ranks(twice, 2, str(tmp_path)) == [[1, 2, 3, 4, 5]] * 2
 
 
 def fails_on(rank: int, world_size: int, folder: str, on_error: Any) -> tuple[int, str | None]:

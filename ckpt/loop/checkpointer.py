@@ -210,7 +210,7 @@ class Checkpointer:
             atexit.register(self._saver.close)
             self._saver.start(group, self._state)
             if self._lead is not None:
-                self._lead.follow(self._saver, self._saved)
+                self._lead.follow(self._saver, resumed)
             group.agree(self._saver.prepare())
             told = int.from_bytes(max(group.share(self._interruption.told.to_bytes(4, "big"))), "big")
             if told:

@@ -22,9 +22,10 @@ from ckpt.agent.pending import PendingSave
 from ckpt.agent.saver import AsyncSaver
 from ckpt.levels.claim import Claim
 from ckpt.levels.owed import steps_in
-from ckpt.levels.record import read_levels, write_levels
+from ckpt.levels.record import NAME, read_levels, write_levels
 from ckpt.levels.tiers import Level
 from ckpt.loop.lives import Lives
+from ckpt.loop.resume import Resumed
 from ckpt.planning.interval import best_interval
 from ckpt.storage.objects import ObjectStore
 from ckpt_formats.errors import CheckpointError, FormatError, SaveFailedError
@@ -104,6 +105,7 @@ class Lead:
                     _claimed(level.place, claims)
                     taken.add(os.path.realpath(level.place))
             try:
+                self._new = not os.path.lexists(os.path.join(run, NAME))
                 self._left = _left(run, levels)
                 write_levels(run, levels)
                 self._lives = Lives(run, self.claim, nodes)
@@ -122,11 +124,17 @@ class Lead:
         self._lives.end(failed=kind is not None and issubclass(kind, Exception))
         self._claims.close()
 
-    def follow(self, saver: AsyncSaver, before: int | None) -> None:
-        """Begin to follow saves; the checkpoint gone on from is of step `before`."""
+    def follow(self, saver: AsyncSaver, before: Resumed | None) -> None:
+        """Begin to follow saves, after those of `before`, which was gone on from."""
         self._lives.begin()
-        self._before = before
+        self._before = None if before is None else before.step
         self._tell_of_left()
+        if self._new and before is not None:
+            log.warning(
+                "%s is new, and goes on from %s; if that is another run's, end this one, and give it places of its own",
+                self._run,
+                before.path,
+            )
         self._saver = saver
         self._begin = time.monotonic()
         self._following = threading.Thread(target=self._follow, name="ckpt-follow", daemon=True)

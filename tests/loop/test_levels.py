@@ -384,7 +384,7 @@ def test_a_disk_that_can_not_be_written_is_an_error_before_the_training(number: 
     train(tmp_path / "run", 1, tiers=[ckpt.Disk(tmp_path / "one"), ckpt.Disk(tmp_path / "two")])
 
 
-def test_a_disk_belongs_to_one_job_at_a_time(tmp_path: Path) -> None:
+def test_a_disk_belongs_to_one_job_at_a_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # the run's own folder may be a further level, and one may be named by a link
     (tmp_path / "link").symlink_to(tmp_path / "shared")
     tiers = [ckpt.Disk(tmp_path / "fast"), ckpt.Disk(), ckpt.Disk(tmp_path / "shared"), ckpt.Disk(tmp_path / "link")]
@@ -395,7 +395,10 @@ def test_a_disk_belongs_to_one_job_at_a_time(tmp_path: Path) -> None:
                 train(tmp_path / "other", 1, tiers=[tier, ckpt.Disk()])
 
     train(tmp_path / "run", 1, second, tiers=tiers)
-    train(tmp_path / "other", 1, tiers=[ckpt.Disk(), ckpt.Disk(tmp_path / "shared")])
+    # that the other job has ended does not make its checkpoints those of this run
+    assert "is new" not in caplog.text
+    train(tmp_path / "new", 1, tiers=[ckpt.Disk(), ckpt.Disk(tmp_path / "shared")])
+    assert f"{tmp_path}/new is new, and goes on from {tmp_path}/shared/step_00000001; if that is an" in caplog.text
 
 
 def test_a_run_that_goes_on_without_a_level_that_has_more_says_so(

@@ -84,7 +84,7 @@ def test_tagged_pinned_and_used_ones_stay(run: Path, checkpoint: Path) -> None:
 def test_json(run: Path) -> None:
     _begun(run)
     tree = json.loads(ckpt("prune", run, "--keep", "1", "--json").stdout)
-    assert set(tree) == {"path", "dry_run", "removed", "kept", "debris", "recent", "failed", "bytes"}
+    assert set(tree) == {"path", "dry_run", "removed", "kept", "debris", "recent", "failed", "unmeasured", "bytes"}
     assert [item["step"] for item in tree["removed"]] == [100]
     assert [(item["step"], item["why"]) for item in tree["kept"]] == [(200, "newest")]
     assert tree["debris"] == [{"path": str(run / "step_00000300"), "bytes": 2048}]

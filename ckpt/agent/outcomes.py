@@ -46,10 +46,10 @@ class Outcomes:
         """Follow a save."""
         with self._lock:
             self._open.append(save)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="ckpt-outcomes", daemon=True)
+                self._thread.start()
         self._queue.put(save)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="ckpt-outcomes", daemon=True)
-            self._thread.start()
 
     def failure(self) -> CheckpointError | None:
         """The failure of the first save that has failed and was not told of here before. Never waits."""

@@ -86,6 +86,8 @@ class AsyncSaver:
     def _begin(self) -> None:
         """Nothing is under way yet, in this process."""
         self._client: AgentClient | None = None
+        self._starting = threading.Lock()
+        """One agent is enough, whichever thread saves first."""
         self._known: list[tuple[_Key, Recurring]] = []
         """What is known of the states that were saved, the last one first."""
         self._arena = ""
@@ -114,12 +116,14 @@ class AsyncSaver:
         With the state that will be saved, the memory for its captures is made in the background, so that the first save
         finds it; how much an optimizer that has not stepped will need, is guessed.
         """
-        if self._client is None:
-            self._client = AgentClient.join(group, self._launcher, self._pinned.pin)
+        with self._starting:
+            client = self._client
+            if client is None:
+                client = self._client = AgentClient.join(group, self._launcher, self._pinned.pin)
         if state is not None:
             nbytes = 1 if self._slots.memory is not None else expected_bytes(state, group.world_size)
-            self._worker.do(partial(self._slots.reserve, self._client, nbytes))
-        return self._client
+            self._worker.do(partial(self._slots.reserve, client, nbytes))
+        return client
 
     def prepared(self, timeout: float = SLOT_TIMEOUT) -> bool:
         """Wait until what `start` does in the background is done; whether it was in time."""

@@ -17,12 +17,14 @@ class Worker:
         self._name = name
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     def do(self, what: Callable[[], None]) -> None:
         """Have it done, after everything else that is still to be done. Errors are the callable's own to tell."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
         self._queue.put(what)
 
     def close(self, timeout: float) -> None:

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import ckpt
 from ckpt import api
 from ckpt.agent import homes
-from ckpt.agent.client import AgentClient
+from ckpt.agent.client import AgentClient, launch
 from ckpt.agent.saver import AsyncSaver
 from ckpt.agent.server import Agent
 from ckpt.agent.wire import Channel
@@ -129,6 +129,34 @@ def test_what_the_agent_can_not_do_it_says_and_goes_on(tmp_path: Path) -> None:
         finally:
             channel.close()
         saver.save({"w": torch.zeros(3)}, tmp_path / "a").wait(60)
+
+
+def test_threads_that_save_at_once_for_the_first_time_share_one_agent(tmp_path: Path) -> None:
+    agents: list[str] = []
+
+    def counted() -> str:
+        agents.append(launch())
+        return agents[-1]
+
+    saver = AsyncSaver(launcher=counted)
+    together = threading.Barrier(4)
+
+    def save(number: int) -> None:
+        together.wait(30)
+        saver.save({"w": torch.full((1000 + number,), number)}, tmp_path / str(number)).wait(60)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        saver.close()
+    assert len(agents) == 1
+    for number in range(4):
+        with ckpt.open(tmp_path / str(number)) as checkpoint:
+            assert (checkpoint["w"][...] == number).all()
 
 
 def test_plain_values_are_those_of_their_step_however_fast_saves_follow(tmp_path: Path) -> None:

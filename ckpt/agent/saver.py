@@ -8,6 +8,7 @@ when every rank has captured, the save completes although all trainers die.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import secrets
 import threading
@@ -15,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -88,6 +90,7 @@ class AsyncSaver:
         self._client: AgentClient | None = None
         self._starting = threading.Lock()
         """One agent is enough, whichever thread saves first."""
+        self._at_exit: Finalize[None] | None = None
         self._known: list[tuple[_Key, Recurring]] = []
         """What is known of the states that were saved, the last one first."""
         self._arena = ""
@@ -120,10 +123,16 @@ class AsyncSaver:
             client = self._client
             if client is None:
                 client = self._client = AgentClient.join(group, self._launcher, self._pinned.pin)
+                self._close_at_exit()
         if state is not None:
             nbytes = 1 if self._slots.memory is not None else expected_bytes(state, group.world_size)
             self._worker.do(partial(self._slots.reserve, client, nbytes))
         return client
+
+    def _close_at_exit(self) -> None:
+        """Processes that multiprocessing has started end without atexit, where whoever makes a saver has it closed."""
+        if self._at_exit is None and multiprocessing.parent_process() is not None:
+            self._at_exit = Finalize(None, self.close, exitpriority=0)
 
     def prepared(self, timeout: float = SLOT_TIMEOUT) -> bool:
         """Wait until what `start` does in the background is done; whether it was in time."""
@@ -250,6 +259,9 @@ class AsyncSaver:
             self._slots.forget()
         self._pinned.release()
         self._known = []
+        if self._at_exit is not None:
+            self._at_exit.cancel()
+            self._at_exit = None
 
     def _agree(
         self,

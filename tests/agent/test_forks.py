@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import mmap
+import multiprocessing
 import os
 import signal
+import threading
 import time
+from multiprocessing import util
 from pathlib import Path
 
 import torch
@@ -100,6 +103,32 @@ def test_a_process_that_was_forked_off_saves_with_an_agent_of_its_own(tmp_path: 
     for name in ("before", "meanwhile", "child 1", "child 2", "after"):
         with ckpt.open(tmp_path / name) as checkpoint:
             assert checkpoint["model.weight"].shape == (1000, 1000)
+
+
+def save_last(path: str) -> None:
+    """Nothing is captured before the process ends."""
+    ends = threading.Event()
+    api._async_saver._worker.do(lambda: bool(ends.wait(60)))
+    util.Finalize(None, ends.set, exitpriority=100)
+    ckpt.async_save({"w": torch.arange(1000)}, path)
+
+
+def save_last_in_processes(rank: int, world_size: int, folder: str) -> None:
+    distributed.destroy_process_group()
+    child = multiprocessing.get_context("fork").Process(target=save_last, args=(f"{folder}/forked",))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    # this one was started by a server
+    save_last(f"{folder}/served")
+
+
+def test_processes_of_multiprocessing_that_end_in_good_order_finish_their_captures(tmp_path: Path) -> None:
+    """They end without a word to atexit."""
+    run_ranks(save_last_in_processes, 1, str(tmp_path))
+    for name in ("forked", "served"):
+        with ckpt.open(tmp_path / name) as checkpoint:
+            assert torch.equal(checkpoint["w"][...], torch.arange(1000))
 
 
 def drop_an_arena_in_a_fork(rank: int, world_size: int, folder: str) -> int:

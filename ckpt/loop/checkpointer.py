@@ -34,7 +34,7 @@ from ckpt.levels.policies import Policy
 from ckpt.levels.tiers import Disk, Level, Remote, settle
 from ckpt.loop.agreement import Act, Agreement, require_alike
 from ckpt.loop.interruption import Interruption, Notice, reason
-from ckpt.loop.lead import Lead
+from ckpt.loop.lead import Lead, try_disk
 from ckpt.loop.resume import resume
 from ckpt.storage.compressing import Compress, require_compress
 from ckpt.storage.throttle import require_bandwidth
@@ -208,10 +208,10 @@ class Checkpointer:
             # a program that ends without leaving the block finishes its captures, too
             stack.callback(atexit.unregister, self._saver.close)
             atexit.register(self._saver.close)
-            self._saver.start(group, self._state)
+            agent = self._saver.start(group, self._state)
             if self._lead is not None:
                 self._lead.follow(self._saver, resumed)
-            group.agree(self._saver.prepare())
+            group.agree(self._saver.prepare() or try_disk(self.levels[0].place, agent.nodes[group.rank]))
             told = int.from_bytes(max(group.share(self._interruption.told.to_bytes(4, "big"))), "big")
             if told:
                 self.stopped = reason(told)

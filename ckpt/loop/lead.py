@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import statistics
+import tempfile
 import threading
 import time
 from collections import deque
@@ -31,7 +32,7 @@ from ckpt.storage.objects import ObjectStore
 from ckpt_formats.errors import CheckpointError, FormatError, SaveFailedError
 from ckpt_formats.native.node_folders import NODE
 
-__all__ = ["Lead"]
+__all__ = ["Lead", "try_disk"]
 
 PATIENCE_S = 600.0
 """Seconds to wait at the end for what was captured to be committed."""
@@ -337,6 +338,19 @@ def _claimed(folder: str, claims: ExitStack) -> Claim:
         raise _unwritable(folder, error) from error
     claims.callback(claim.release)
     return claim
+
+
+def try_disk(place: str, node: str) -> SaveFailedError | None:
+    """Try, on each node, whether it can save to the disk that it has for itself. Returns why it can't."""
+    if NODE not in place:
+        return None
+    folder = place.replace(NODE, node)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return _unwritable(folder, error)
+    return None
 
 
 def _unwritable(run: str, error: OSError) -> SaveFailedError:

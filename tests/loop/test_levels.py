@@ -414,6 +414,18 @@ def test_a_run_that_goes_on_without_a_level_that_has_more_says_so(
     assert f"{run} goes on after step 2, though {first}, " in caplog.text
 
 
+def refused(rank: int, world_size: int, folder: str) -> str:
+    with pytest.raises(SaveFailedError) as caught:
+        on_two_nodes(rank, world_size, folder, 1)
+    return str(caught.value)
+
+
+def test_a_node_that_can_not_write_to_its_own_disk_is_an_error_on_all_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "b").touch()
+    for message in run_ranks(refused, 2, str(tmp_path)):
+        assert f"{tmp_path}/b/run: nothing can be saved there (Not a directory)" in message
+
+
 def test_levels_that_can_not_be_understood_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     assert read_levels(tmp_path) is None
     for text in ("{", "[]", '{"format": "ckpt-levels", "version": 9, "levels": []}', json.dumps({"format": 3})):

@@ -67,7 +67,7 @@ class Found:
     @property
     def of_loop(self) -> bool:
         """Whether its folder is called after its step, as a Checkpointer calls its own; others somebody put there."""
-        return self.step is not None and os.path.basename(self.path) == names.step_folder(self.step)
+        return self.step is not None and names.step_of(os.path.basename(self.path)) == self.step
 
 
 def find_checkpoints(path: str | os.PathLike[str]) -> list[Found]:

@@ -52,7 +52,7 @@ def test_ranks_tell_how_long_they_waited_for_each_other(tmp_path: Path) -> None:
         waits = [event for event in told if isinstance(event, WaitEnded)]
         assert {event.reason for event in waits} == {"other ranks"}
         assert {event.phase for event in waits if event.operation == "save"} == {"plan", "commit"}
-        assert {event.phase for event in waits if event.operation == "load"} == {"agree"}
+        assert {event.phase for event in waits if event.operation == "load"} == {"agree", "apply"}
         for end in (event for event in told if isinstance(event, PhaseEnded)):
             assert 0 <= end.waited <= end.seconds
 

@@ -166,7 +166,7 @@ def _train(trouble: _Trouble) -> None:
 def _begin_in_trouble(trouble: _Trouble) -> None:
     """A job that comes to a disk in trouble is told before it trains, or at its first save; and goes on later."""
     trouble.run.mkdir()
-    ckpt.save(_state(), trouble.run / "step_1")
+    ckpt.save(_state(), trouble.run / "step_00000001")
     trouble.begin()
     with (
         pytest.raises((CheckpointError, OSError), match=trouble.says) as told,

@@ -130,7 +130,7 @@ class Lead:
         self._lives.begin()
         self._before = None if before is None else before.step
         self._tell_of_left()
-        if self._new and before is not None:
+        if self._new and before is not None and os.path.dirname(before.path) != self._run:
             log.warning(
                 "%s is new, and goes on from %s; if that is another run's, end this one, and give it places of its own",
                 self._run,

@@ -394,6 +394,10 @@ def test_a_disk_belongs_to_one_job_at_a_time(tmp_path: Path, caplog: pytest.LogC
             with pytest.raises(SaveFailedError, match=r"(fast|shared): another job saves into this run, process"):
                 train(tmp_path / "other", 1, tiers=[tier, ckpt.Disk()])
 
+    # what the user saved into the run's own folder is nobody else's
+    ckpt.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "by_hand" / "step_1")
+    with ckpt.Checkpointer(tmp_path / "by_hand", {"model": torch.nn.Linear(2, 2)}, every=1) as run:
+        assert run.step == 1
     train(tmp_path / "run", 1, second, tiers=tiers)
     # that the other job has ended does not make its checkpoints those of this run
     assert "is new" not in caplog.text

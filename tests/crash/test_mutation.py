@@ -9,8 +9,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +76,18 @@ class _HoldUp:
             time.sleep(self._dice.random() ** 3 / 50)
         return self._copy(*arguments)
 
-    @contextmanager
-    def within(self, sure: bool) -> Iterator[None]:
-        """End when the thread that copies is held up, if `sure`: a busy machine may leave all of it to the training."""
+    def surely(self, sure: bool) -> None:
+        """Whether the thread that copies is held up the next time in any case."""
         self._held.clear()
         self._next = sure
-        yield
-        assert not sure or self._held.wait(60), "captures are not where this test holds them up"
+
+    def began(self, save: PendingSave) -> None:
+        """If so, wait until it is: a busy machine may leave all copying to the training. With two ranks, one may have
+        nothing to copy there.
+        """
+        deadline = time.monotonic() + 60
+        while self._next and not self._held.wait(0.01) and not save.handed.is_set():
+            assert time.monotonic() < deadline, "captures are not where this test holds them up"
 
 
 def _train(rank: int, world_size: int, folder: str, seed: int, steps: int) -> int:
@@ -110,10 +113,11 @@ def _train(rank: int, world_size: int, folder: str, seed: int, steps: int) -> in
             optimizer.step()
         state = {"net": net, "optimizers": optimizers, "average": average}
         expected = _values(net, optimizers, average)
-        with hold_up.within(step % 3 == 0):
-            pending.append((step, by.save(state, Path(folder, f"step_{step}")), expected))
-            average += 1
-            net.seen.add_(1)
+        hold_up.surely(step % 3 == 0)
+        pending.append((step, by.save(state, Path(folder, f"step_{step}")), expected))
+        average += 1
+        net.seen.add_(1)
+        hold_up.began(pending[-1][1])
         if mine.random() < 0.5:
             time.sleep(mine.random() ** 3 / 50)
         if dice.random() < 0.3:
@@ -154,4 +158,4 @@ def test_checkpoint_has_the_values_of_its_step_whatever_is_changed_when(
     with quick_folder(tmp_path) as folder:
         held = run_ranks(_train, world_size, str(folder), seed, steps, timeout=steps)
     print(f"{steps} saves by {world_size} ranks, captures held up {held} times")
-    assert sum(held) >= world_size * steps // 3
+    assert sum(held) >= steps // 3

@@ -6,7 +6,10 @@ survive it.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -33,9 +36,18 @@ class Interruptions:
     def __init__(self) -> None:
         self._received: int | None = None
         self._former: dict[signal.Signals, Any] = {}
+        self._heard = self._hears = self._former_hears = -1
+        self._former_unraisable = sys.unraisablehook
 
     def __enter__(self) -> Self:
         self._former = {number: signal.getsignal(number) for number in _SIGNALS}
+        # here Python itself writes which signals come, whoever's handlers there are meanwhile
+        self._heard, self._hears = os.pipe()
+        os.set_blocking(self._heard, False)
+        os.set_blocking(self._hears, False)
+        self._former_hears = signal.set_wakeup_fd(self._hears, warn_on_full_buffer=False)
+        self._former_unraisable = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
         self.listen()
         return self
 
@@ -44,6 +56,10 @@ class Interruptions:
     ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._former_hears)
+        sys.unraisablehook = self._former_unraisable
+        os.close(self._hears)
+        os.close(self._heard)
 
     def listen(self) -> None:
         """Take the signals' handlers back from whoever set others, as Ray does when it starts."""
@@ -52,8 +68,17 @@ class Interruptions:
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come."""
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self._heard, 4096):
+                if number in _SIGNALS:
+                    self._note(number, None)
         if self._received is not None:
             raise Interrupted(self._received)
+
+    def _unraisable(self, told: Any) -> None:
+        # a handler of Ray's ends the process by that, and where Python can't, as in the middle of a fork, `check` does
+        if told.exc_type is not SystemExit:
+            self._former_unraisable(told)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._received = self._received or number

@@ -330,22 +330,20 @@ class _Load:
     def _check_made(self, made: Materialised) -> None:
         absent = sorted(made.unfilled(self.target.tensors, self.target.filled()))
         if absent:
-            raise StateMismatchError(
-                f"{self._path} does not fit the state."
-                + listed("On the meta device and not in the checkpoint", absent)
-                + " They would be left without values; make them on a real device",
-                path=self._path,
+            raise self._misfit(
+                StateMismatchError,
+                listed("On the meta device and not in the checkpoint", absent),
+                "They would be left without values; make them on a real device",
             )
 
     def _check_names(self) -> None:
         target = self.target
         if self._strict and (target.missing or self.unexpected):
-            raise StateMismatchError(
-                f"{self._path} does not fit the state."
-                + listed("In the state but not in the checkpoint", target.missing)
-                + listed("In the checkpoint but not in the state", self.unexpected)
-                + " Give the state that was saved, or strict=False to load what they have in common",
-                path=self._path,
+            raise self._misfit(
+                StateMismatchError,
+                listed("In the state but not in the checkpoint", target.missing)
+                + listed("In the checkpoint but not in the state", self.unexpected),
+                "Give the state that was saved, or strict=False to load what they have in common",
             )
 
     def _check_tensors(self, saved: SavedState) -> None:
@@ -369,26 +367,19 @@ class _Load:
                 elif not self._cast:
                     dtypes.append(both)
         if shapes:
-            raise ShapeMismatchError(
-                f"{self._path} does not fit the state."
-                + listed("Other shapes", shapes)
-                + " Build the model as it was saved",
-                path=self._path,
-            )
+            raise self._misfit(ShapeMismatchError, listed("Other shapes", shapes), "Build the model as it was saved")
         if unlike:
-            raise DtypeMismatchError(
-                f"{self._path} does not fit the state."
-                + listed("Not all values of what is stored can be had in the dtype of", unlike)
-                + " Give them the dtypes that were saved; cast=True converts no such tensors",
-                path=self._path,
+            raise self._misfit(
+                DtypeMismatchError,
+                listed("Not all values of what is stored can be had in the dtype of", unlike),
+                "Give them the dtypes that were saved; cast=True converts no such tensors",
             )
         if dtypes:
-            raise DtypeMismatchError(
-                f"{self._path} does not fit the state."
-                + listed("Other dtypes", dtypes)
-                + " Pass cast=True to convert them",
-                path=self._path,
-            )
+            raise self._misfit(DtypeMismatchError, listed("Other dtypes", dtypes), "Pass cast=True to convert them")
+
+    def _misfit(self, kind: type[CheckpointError], what: str, remedy: str) -> CheckpointError:
+        """The error that the checkpoint is not one of this state."""
+        return kind(f"{self._path} does not fit the state.{what} {remedy}", path=self._path)
 
     def read(self) -> None:
         """Read everything that this rank holds into its live memory."""

@@ -301,7 +301,7 @@ class Flow(Aftermath):
         unread = False
         try:
             root = read_root(key[0])
-            if root.step is not None and names.step_of(os.path.basename(key[0])) == root.step:
+            if root.step is not None and names.is_called_after(key[0], root.step):
                 item = OnDisk(key[0], root.step, note_of(root.values))
         except (CheckpointError, OSError) as error:
             unread = not isinstance(error, FormatError | FileNotFoundError)

@@ -67,7 +67,7 @@ class Found:
     @property
     def of_loop(self) -> bool:
         """Whether its folder is called after its step, as a Checkpointer calls its own; others somebody put there."""
-        return self.step is not None and names.step_of(os.path.basename(self.path)) == self.step
+        return names.is_called_after(self.path, self.step)
 
 
 def find_checkpoints(path: str | os.PathLike[str]) -> list[Found]:

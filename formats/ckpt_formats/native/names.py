@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TypeGuard
 
@@ -84,3 +85,8 @@ def step_of(folder: str) -> int | None:
     """The step that a folder's name says, e.g. of step_00001200 or step-1200; None if it says none."""
     match = _STEP.fullmatch(folder)
     return int(match.group(1)) if match and len(match.group(1)) < 19 else None
+
+
+def is_called_after(path: str, step: int | None) -> bool:
+    """Whether the folder at a path is called after that step, as a Checkpointer calls its own."""
+    return step is not None and step_of(os.path.basename(path)) == step
